@@ -1,0 +1,1 @@
+"""Distributed data-parallel training on CPUs with the same bits for any number of workers."""

@@ -1,0 +1,83 @@
+"""Every error a person can meet, and its sentence.
+
+One family. Each error says where, what was expected, what was found, and the cure, in that order and in one
+line. They are caught only at the edge (``cli`` and ``train``), where ``exit_code`` becomes the process's.
+"""
+
+
+class DptrainError(Exception):
+    """Bad input or a broken surrounding, told in one sentence; never a bug of dptrain itself.
+
+    ``where`` names the thing and the place (file, key, rank, step), ``expected`` and ``found`` what should have
+    been there and what was, ``cure`` what the reader can do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, where: str, *, expected: str, found: str, cure: str) -> None:
+        self.where = where
+        self.expected = expected
+        self.found = found
+        self.cure = cure
+        super().__init__(f"{where}: expected {expected}, found {found}; {cure}")
+
+
+class UsageError(DptrainError):
+    """The command line asks for something that can't be."""
+
+
+class JobError(DptrainError):
+    """The job file, an override or the environment holds a wrong key or value."""
+
+
+class DataError(DptrainError):
+    """The data can't be used as the job says."""
+
+
+class ModelError(DptrainError):
+    """The layers, or a model of the user's own, don't fit together or the data."""
+
+
+class LaunchError(DptrainError):
+    """The processes were started in a way that can't work."""
+
+
+class ArithmeticMismatch(DptrainError):
+    """A worker, or a checkpoint, computes other bits than the job's."""
+
+
+class NonFiniteError(DptrainError):
+    """A loss or gradient is not finite and the job says to stop."""
+
+
+class CheckpointError(DptrainError):
+    """No usable checkpoint, or one that belongs to another job."""
+
+
+class StorageError(DptrainError):
+    """The run directory can't be written or read."""
+
+
+class DeadlineError(DptrainError):
+    """A wait for other workers lasted longer than its deadline."""
+
+    exit_code = 3
+
+
+class PeerFailed(DptrainError):
+    """Another worker failed; it says why itself, so this one leaves quietly with the same code."""
+
+    def __init__(self, rank: int, step: int, phase: str, code: int) -> None:
+        super().__init__(
+            f"rank {rank} at step {step} in {phase}",
+            expected="every worker to finish the step",
+            found="a failure there",
+            cure="see that rank's own message",
+        )
+        self.rank = rank
+        self.exit_code = code
+
+
+def exit_code(error: BaseException) -> int:
+    """The process's exit code for an error: 2 for bad input, 1 for a bug, or what the error says."""
+    return error.exit_code if isinstance(error, DptrainError) else 1

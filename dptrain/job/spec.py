@@ -1,0 +1,354 @@
+"""What a job says, as plain frozen dataclasses: no checking here and no import of pydantic.
+
+``dptrain.job.load`` checks a job file against these classes on one worker; the others rebuild the checked job with
+:func:`rebuild`. A ``meta`` of ``LAUNCH`` marks what never decides bits (it belongs to the launch, not to the job),
+``STOPPING`` what only decides when training ends.
+"""
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+
+S = TypeVar("S")
+
+
+class Role(Enum):
+    """What a key takes part in; a key without a role decides bits."""
+
+    LAUNCH = "launch"
+    STOPPING = "stopping"
+
+
+LAUNCH = {"role": Role.LAUNCH}
+STOPPING = {"role": Role.STOPPING}
+
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Lt(1)]
+
+
+class Spec:
+    """Base of all parts of a job: unknown keys are refused, numbers must be finite."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic(Spec):
+    """Random data for benchmarks: a seeded random teacher with noise. ``classes`` 0 makes it a regression."""
+
+    rows: Count = 10_000
+    shape: tuple[Count, ...] = (32,)
+    classes: Natural = 10
+    noise: NonNegative = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Spec):
+    """Where the rows come from and how they are read."""
+
+    source: str = "digits"
+    format: Literal["auto", "embedded", "npz", "npy", "csv", "idx", "parquet", "synthetic"] = "auto"
+    features: tuple[str, ...] = ()
+    label: str = ""
+    shape: tuple[Count, ...] = ()
+    validation: Share | str = 0.1
+    test: Share | str = 0.1
+    shuffle: bool = True
+    normalise: Literal["none", "standard", "minmax", "scale"] = "none"
+    scale: Positive = 255.0
+    missing: Literal["error", "mean", "median", "zero", "drop"] = "error"
+    categories: Literal["error", "onehot", "ordinal"] = "onehot"
+    max_categories: Count = 1_000
+    nan: Literal["error", "skip"] = "error"
+    label_normalise: Literal["none", "standard"] = "none"
+    delimiter: Annotated[str, "one character"] = ","
+    synthetic: Synthetic = field(default_factory=Synthetic)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Spec):
+    """y = x W + b over the last axis."""
+
+    type: Literal["linear"] = "linear"
+    units: Count
+    bias: bool = True
+    init: Literal["he", "glorot", "uniform"] = "he"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv2d(Spec):
+    """A 2-D convolution over (height, width, channels)."""
+
+    type: Literal["conv2d"] = "conv2d"
+    channels: Count
+    kernel: Count = 3
+    stride: Count = 1
+    padding: Natural | Literal["same"] = 0
+    bias: bool = True
+    init: Literal["he", "glorot", "uniform"] = "he"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxPool2d(Spec):
+    """The maximum of each window; ``stride`` 0 means the kernel's size."""
+
+    type: Literal["max_pool2d"] = "max_pool2d"
+    kernel: Count = 2
+    stride: Natural = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AvgPool2d(Spec):
+    """The mean of each window; ``stride`` 0 means the kernel's size."""
+
+    type: Literal["avg_pool2d"] = "avg_pool2d"
+    kernel: Count = 2
+    stride: Natural = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flatten(Spec):
+    """All axes of a sample become one."""
+
+    type: Literal["flatten"] = "flatten"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relu(Spec):
+    """max(x, 0)."""
+
+    type: Literal["relu"] = "relu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakyRelu(Spec):
+    """x where positive, slope * x elsewhere."""
+
+    type: Literal["leaky_relu"] = "leaky_relu"
+    slope: Share = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gelu(Spec):
+    """The tanh form of the Gaussian error linear unit."""
+
+    type: Literal["gelu"] = "gelu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tanh(Spec):
+    """tanh x."""
+
+    type: Literal["tanh"] = "tanh"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid(Spec):
+    """1 / (1 + exp(-x))."""
+
+    type: Literal["sigmoid"] = "sigmoid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout(Spec):
+    """Zeroes a share ``rate`` of the elements while training and scales the rest up."""
+
+    type: Literal["dropout"] = "dropout"
+    rate: Share = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNorm(Spec):
+    """Normalises each channel (last axis) over the real rows of its shard."""
+
+    type: Literal["batch_norm"] = "batch_norm"
+    momentum: Annotated[float, Gt(0), Le(1)] = 0.1
+    eps: Positive = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNorm(Spec):
+    """Normalises the last axis of each sample."""
+
+    type: Literal["layer_norm"] = "layer_norm"
+    eps: Positive = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding(Spec):
+    """Row i of a table of ``vocabulary`` rows for each integer i of the input."""
+
+    type: Literal["embedding"] = "embedding"
+    vocabulary: Count
+    units: Count
+
+
+Layer = (
+    Linear | Conv2d | MaxPool2d | AvgPool2d | Flatten | Relu | LeakyRelu | Gelu | Tanh | Sigmoid | Dropout
+    | BatchNorm | LayerNorm | Embedding
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Spec):
+    """A list of layers, or ``python = "file.py:function"`` for a model of one's own."""
+
+    layers: tuple[Layer, ...] = ()
+    python: str = ""
+    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    init_from: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(Spec):
+    """What is minimised. ``auto``: cross-entropy for classes, mean squared error for numbers."""
+
+    type: Literal["auto", "cross_entropy", "binary_cross_entropy", "mse", "huber"] = "auto"
+    label_smoothing: Share = 0.0
+    class_weights: tuple[Positive, ...] = ()
+    delta: Positive = 1.0
+    metrics: tuple[Literal["accuracy", "top_k", "mae", "r2"], ...] = ()
+    top_k: Count = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(Spec):
+    """How the learning rate moves. Lengths are in steps; ``decay_steps`` 0 means the whole of the training."""
+
+    type: Literal["constant", "step", "cosine"] = "constant"
+    warmup_steps: Natural = 0
+    step_size: Count = 1_000
+    gamma: Annotated[float, Gt(0), Le(1)] = 0.1
+    decay_steps: Natural = 0
+    minimum: NonNegative = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(Spec):
+    """How weights follow gradients. ``clip_norm`` 0 means no clipping."""
+
+    type: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Positive = 0.1
+    momentum: Share = 0.0
+    nesterov: bool = False
+    weight_decay: NonNegative = 0.0
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    eps: Positive = 1e-8
+    clip_norm: NonNegative = 0.0
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop(Spec):
+    """A convergence criterion on the validation part: a target reached, or ``patience`` evaluations without a gain.
+
+    ``patience`` 0 and no ``target`` mean none. ``metric`` is "loss" or one of the job's metrics.
+    """
+
+    metric: Literal["loss", "accuracy", "top_k", "mae", "r2"] = "loss"
+    target: float | None = field(default=None, metadata=STOPPING)
+    patience: Natural = field(default=0, metadata=STOPPING)
+    min_delta: NonNegative = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Spec):
+    """How long and in which slices. Exactly one of ``epochs`` and ``steps`` is above 0."""
+
+    batch_size: Count = 64
+    shards: Natural = 0
+    drop_last: bool = False
+    epochs: Natural = field(default=0, metadata=STOPPING)
+    steps: Natural = field(default=0, metadata=STOPPING)
+    evaluate_steps: Natural = 0
+    evaluate_rows: Count = 256
+    result: Literal["last", "best"] = "last"
+    stop: Stop = field(default_factory=Stop)
+    non_finite: Literal["stop", "skip"] = "stop"
+    dtype: Literal["float32", "float64"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic(Spec):
+    """``native``: this CPU's kernels. ``portable``: kernels that every x86-64 machine with AVX2 has."""
+
+    kernels: Literal["native", "portable"] = "native"
+    threads: Count = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange(Spec):
+    """How partials meet. ``coordinators`` 0 means every worker; ``deadline`` is in seconds."""
+
+    type: Literal["auto", "solo", "segments", "allreduce"] = "auto"
+    coordinators: Natural = 0
+    deadline: Positive = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(Spec):
+    """What a run writes and when. ``journal_steps`` 0 means as often as keeps the journal small."""
+
+    runs: str = "runs"
+    journal_steps: Natural = 0
+    checkpoint_seconds: NonNegative = 30.0
+    checkpoint_steps: Natural = 0
+    generations: Count = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Spec):
+    """One training job: everything that decides the bits of its result, and how to launch it."""
+
+    name: str = field(default="job", metadata=LAUNCH)
+    seed: Annotated[int, Ge(0), Lt(1 << 63)] = 0
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
+    exchange: Exchange = field(default_factory=Exchange, metadata=LAUNCH)
+    output: Output = field(default_factory=Output, metadata=LAUNCH)
+    directory: str = field(default=".", metadata=LAUNCH)
+    """The folder that relative paths of the job are meant from."""
+
+
+LAYERS: dict[str, type[Spec]] = {cls.__dataclass_fields__["type"].default: cls for cls in get_args(Layer)}
+
+
+def plain(spec: Any) -> Any:
+    """A spec as plain data (dicts, lists, numbers, strings), the reverse of :func:`rebuild`."""
+    if is_dataclass(spec) and not isinstance(spec, type):
+        return {f.name: plain(getattr(spec, f.name)) for f in fields(spec)}
+    if isinstance(spec, Mapping):
+        return {key: plain(value) for key, value in spec.items()}
+    if isinstance(spec, (list, tuple)):
+        return [plain(value) for value in spec]
+    return spec
+
+
+def rebuild(cls: type[S], data: Mapping[str, Any]) -> S:
+    """A spec from :func:`plain` data that was checked before."""
+    hints = get_type_hints(cls)
+    return cls(**{key: _value(hints[key], value) for key, value in data.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if isinstance(value, Mapping) and "type" in value and hint == Layer:
+        return rebuild(LAYERS[value["type"]], value)
+    if isinstance(hint, type) and issubclass(hint, Spec):
+        return rebuild(hint, value)
+    if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_value(get_args(hint)[0], item) for item in value)
+    if get_origin(hint) in (Union, types.UnionType) and isinstance(value, list):
+        return tuple(value)
+    return value

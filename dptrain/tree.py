@@ -1,0 +1,88 @@
+"""The canonical tree: in which order the gradients of G shards are added, whoever adds them.
+
+A node is a range of shards (lo, hi). It splits at the largest power of two below its length, so the tree over
+range(G) is what a binary counter builds when the shards come in order: equal neighbours merge at once, the rest is
+merged from the right at the end. Floating-point addition depends on the order; this order depends on G alone.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class Node(NamedTuple):
+    """The shards lo <= s < hi, as one node of a canonical tree."""
+
+    lo: int
+    hi: int
+
+    @property
+    def children(self) -> "tuple[Node, Node]":
+        """The two nodes this one is the sum of; a leaf has none and raises ValueError."""
+        length = self.hi - self.lo
+        if length < 2:
+            raise ValueError(f"shard {self.lo} is a leaf")
+        cut = self.lo + (1 << (length - 1).bit_length() - 1)
+        return Node(self.lo, cut), Node(cut, self.hi)
+
+
+class Add(NamedTuple):
+    """One addition of a plan: value(parent) = value(left) + value(right)."""
+
+    parent: Node
+    left: Node
+    right: Node
+
+
+def subtrees(lo: int, hi: int, shards: int) -> list[Node]:
+    """The maximal nodes of the tree over range(shards) that lie within lo <= s < hi, from left to right.
+
+    They cover the range exactly, and there are at most 2 * log2(shards) of them. Empty for an empty range.
+    """
+    if not 0 <= lo <= hi <= shards:
+        raise ValueError(f"shards {lo} to {hi} do not lie in range({shards})")
+    found: list[Node] = []
+
+    def visit(node: Node) -> None:
+        if hi <= node.lo or node.hi <= lo:
+            return
+        if lo <= node.lo and node.hi <= hi:
+            found.append(node)
+            return
+        for child in node.children:
+            visit(child)
+
+    if lo < hi:
+        visit(Node(0, shards))
+    return found
+
+
+def additions(have: Iterable[Node], goal: Node) -> list[Add]:
+    """The additions that make ``goal`` from the nodes at hand, each parent after its children.
+
+    The nodes at hand must be disjoint nodes of goal's tree that cover it, else ValueError.
+    """
+    known = set(have)
+    plan: list[Add] = []
+
+    def visit(node: Node) -> None:
+        if node in known:
+            return
+        if node.hi - node.lo < 2:
+            raise ValueError(f"shard {node.lo} is missing under {tuple(goal)}")
+        left, right = node.children
+        visit(left)
+        visit(right)
+        plan.append(Add(node, left, right))
+
+    visit(goal)
+    return plan
+
+
+def finish(values: Mapping[Node, T], goal: Node, add: Callable[[T, T], T]) -> T:
+    """The value of ``goal`` from the values of nodes that cover it, added in the canonical order."""
+    have = dict(values)
+    for parent, left, right in additions(values, goal):
+        have[parent] = add(have[left], have[right])
+    return have[goal]
