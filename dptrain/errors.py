@@ -13,6 +13,8 @@ class DptrainError(Exception):
     """
 
     exit_code = 2
+    everywhere = False
+    """Whether every worker raises it, so that one of them tells it for all."""
 
     def __init__(self, where: str, *, expected: str, found: str, cure: str) -> None:
         self.where = where
@@ -56,6 +58,12 @@ class CheckpointError(DptrainError):
 
 class StorageError(DptrainError):
     """The run directory can't be written or read."""
+
+
+class WorkerCrashed(DptrainError):
+    """An exception that nobody foresaw, in a worker: a bug, in a model of the user's own or in dptrain."""
+
+    exit_code = 1
 
 
 class DeadlineError(DptrainError):

@@ -64,7 +64,7 @@ class Layout:
         """Every tensor as a view into ``vector``, whose last axis has ``size`` elements; leading axes stay."""
         lead = vector.shape[:-1]
         return {
-            name: vector[..., entry.start : entry.stop].reshape(*lead, *entry.shape)
+            name: vector[..., entry.start : entry.stop].reshape((*lead, *entry.shape))
             for name, entry in self.entries.items()
         }
 

@@ -51,17 +51,24 @@ class Synthetic(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Spec):
-    """Where the rows come from and how they are read."""
+    """Where the rows come from and how they are read.
+
+    ``task`` auto: integer and text labels are classes, floating-point ones numbers; ``classes`` 0 means as many as
+    the training labels show. ``normalise`` auto: IDX pixels and the embedded digits are scaled to 0..1, all else
+    stays. ``max_bytes`` bounds what a compressed file may unpack to.
+    """
 
     source: str = "digits"
     format: Literal["auto", "embedded", "npz", "npy", "csv", "idx", "parquet", "synthetic"] = "auto"
     features: tuple[str, ...] = ()
     label: str = ""
+    task: Literal["auto", "classes", "numbers"] = "auto"
+    classes: Natural = 0
     shape: tuple[Count, ...] = ()
     validation: Share | str = 0.1
     test: Share | str = 0.1
     shuffle: bool = True
-    normalise: Literal["none", "standard", "minmax", "scale"] = "none"
+    normalise: Literal["auto", "none", "standard", "minmax", "scale"] = "auto"
     scale: Positive = 255.0
     missing: Literal["error", "mean", "median", "zero", "drop"] = "error"
     categories: Literal["error", "onehot", "ordinal"] = "onehot"
@@ -69,6 +76,7 @@ class Data(Spec):
     nan: Literal["error", "skip"] = "error"
     label_normalise: Literal["none", "standard"] = "none"
     delimiter: Annotated[str, "one character"] = ","
+    max_bytes: Count = field(default=1 << 36, metadata=LAUNCH)
     synthetic: Synthetic = field(default_factory=Synthetic)
 
 
@@ -191,8 +199,20 @@ class Embedding(Spec):
 
 
 Layer = (
-    Linear | Conv2d | MaxPool2d | AvgPool2d | Flatten | Relu | LeakyRelu | Gelu | Tanh | Sigmoid | Dropout
-    | BatchNorm | LayerNorm | Embedding
+    Linear
+    | Conv2d
+    | MaxPool2d
+    | AvgPool2d
+    | Flatten
+    | Relu
+    | LeakyRelu
+    | Gelu
+    | Tanh
+    | Sigmoid
+    | Dropout
+    | BatchNorm
+    | LayerNorm
+    | Embedding
 )
 
 
@@ -261,10 +281,13 @@ class Stop(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Spec):
-    """How long and in which slices. Exactly one of ``epochs`` and ``steps`` is above 0."""
+    """How long and in which slices. Exactly one of ``epochs`` and ``steps`` is above 0.
+
+    ``shards`` None means 8, or as many as the batch has rows; a loaded job has a number there.
+    """
 
     batch_size: Count = 64
-    shards: Natural = 0
+    shards: Count | None = None
     drop_last: bool = False
     epochs: Natural = field(default=0, metadata=STOPPING)
     steps: Natural = field(default=0, metadata=STOPPING)
@@ -278,10 +301,14 @@ class Train(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic(Spec):
-    """``native``: this CPU's kernels. ``portable``: kernels that every x86-64 machine with AVX2 has."""
+    """``native``: this CPU's kernels. ``portable``: kernels that every x86-64 machine with AVX2 has.
+
+    ``accept_other`` goes on from a checkpoint that was made with other kernels, and gives up the same bits.
+    """
 
     kernels: Literal["native", "portable"] = "native"
     threads: Count = 1
+    accept_other: bool = field(default=False, metadata=LAUNCH)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,158 @@
+"""dptrain from Python: train a job, load what a run left."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dptrain import rundir
+from dptrain.chronicle import Observer
+from dptrain.data.encoding import Encoding, encoding_of
+from dptrain.errors import StorageError
+from dptrain.exchange.communicator import Communicator
+from dptrain.job.load import check, complete, load_job
+from dptrain.job.spec import Job, plain
+from dptrain.layout import Array
+from dptrain.nn.layer import Model, Pass, Workspace
+from dptrain.training import Result, run
+
+__all__ = ["Job", "Result", "Trained", "load", "train"]
+
+JobLike = Job | Mapping[str, Any] | str | os.PathLike[str]
+
+
+def train(
+    job: JobLike,
+    *,
+    model: Any = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    observer: Observer | None = None,
+) -> Result:
+    """Train a job: a Job, its content as a mapping, or the path of its TOML file.
+
+    In a program of its own this trains in one process; in one that was started by mpirun, all ranks call it alike
+    and train together. ``model`` is an object of the user's own with the interface of ``dptrain.nn.own.OwnModel``.
+    Raises DptrainError, whose message is one sentence with the cure.
+    """
+    return run(
+        _job(job), model=model, run_dir=run_dir, resume=resume, observer=observer, communicator=_communicator()
+    )
+
+
+class Trained:
+    """What a run learned: predict with it, evaluate it, look at its job and result."""
+
+    def __init__(self, run_dir: Path, job: Job, result: dict[str, Any], model: Model, encoding: Encoding) -> None:
+        self.run_dir = run_dir
+        self.job = job
+        self.result = result
+        self.model = model
+        self.encoding = encoding
+        self.weights: Array = _weights(run_dir / rundir.WEIGHTS, model)
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """The weights by name."""
+        return self.model.layout.views(self.weights)
+
+    def predict(self, x: Any) -> Array:
+        """The model's output for raw rows (n, ...) as in the data's source: logits, or numbers in their own unit."""
+        encoded = self.encoding.encode(x, self.weights.dtype)
+        z = self._forward(encoded)
+        return self.encoding.decode_target(z)
+
+    def evaluate(self, data: str | os.PathLike[str] | None = None) -> dict[str, float]:
+        """Loss and metrics on a file of the source's format, or on the run's own test part (None)."""
+        from dptrain.assemble import assemble
+        from dptrain.data.prepare import prepare
+        from dptrain.data.unseen import open_for_evaluation
+
+        plan = prepare(self.job.data, directory=Path(self.job.directory), seed=self.job.seed, cache=None)
+        assembly = assemble(self.job, plan)
+        parts = assembly.dataset
+        part = parts.test if parts.test.rows else parts.validation
+        if data is not None:
+            part = open_for_evaluation(Path(data), self.encoding.plan())
+        evaluator = assembly.evaluator()
+        with np.errstate(all="ignore"):
+            return evaluator.report(evaluator.sums(self.weights, part, 0, evaluator.blocks(part)))
+
+    def _forward(self, x: Array) -> Array:
+        rows = self.job.train.evaluate_rows
+        tensors = self.tensors
+        found: Array = np.empty((len(x), *self.model.output_shape), self.weights.dtype)
+        workspace = Workspace()
+        for lo in range(0, len(x), rows):
+            some = x[lo : lo + rows]
+            ones = np.ones((1, len(some)), self.weights.dtype)
+            run = Pass(
+                training=False, seed=0, step=0, shards=[0], rows=ones, counts=[len(some)], workspace=workspace
+            )
+            found[lo : lo + rows] = self.model.forward(tensors, some[None], run)[0][0]
+        return found
+
+
+def load(run_dir: str | os.PathLike[str], *, model: Any = None) -> Trained:
+    """The trained model of a finished run. ``model`` is the user's own object, where the run was made with one."""
+    from dptrain.assemble import build_model
+
+    path = Path(run_dir)
+    result = rundir.read_json(path / rundir.RESULT)
+    job = load_job(path / rundir.JOB)
+    encoding = encoding_of(rundir.read_json(path / rundir.ENCODING))
+    if job.model.python and model is None:
+        job = _with_kept_source(job, path)
+    built, _ = build_model(job, encoding.sample_shape, np.dtype(job.train.dtype), model)
+    return Trained(path, job, result, built, encoding)
+
+
+def _with_kept_source(job: Job, path: Path) -> Job:
+    content = plain(job)
+    function = job.model.python.rpartition(":")[2]
+    content["model"]["python"] = f"{path.resolve() / rundir.MODEL_SOURCE}:{function}"
+    directory = content.pop("directory")
+    kept = complete(check(content, str(path / rundir.JOB)))
+    return Job(**{**{name: getattr(kept, name) for name in kept.__dataclass_fields__}, "directory": directory})
+
+
+def _weights(path: Path, model: Model) -> Array:
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+    except OSError as error:
+        raise StorageError(
+            str(path), expected="the weights of a finished run", found=str(error), cure="finish the run with --resume"
+        ) from None
+    vector: Array = np.zeros(model.layout.size, next(iter(tensors.values())).dtype)
+    for name, view in model.layout.views(vector).items():
+        view[...] = tensors[name]
+    return vector
+
+
+def _job(job: JobLike) -> Job:
+    if isinstance(job, (str, os.PathLike)):
+        return load_job(Path(job))
+    content = dict(plain(job) if isinstance(job, Job) else job)
+    directory = content.pop("directory", ".")
+    checked = complete(check(content, "the job"))
+    return Job(**{**{name: getattr(checked, name) for name in checked.__dataclass_fields__}, "directory": directory})
+
+
+def _communicator() -> Communicator | None:
+    from dptrain.launch import announced, library, refuse_mismatch, refuse_size
+
+    place = announced(os.environ)
+    if place.alone:
+        return None
+    from dptrain.exchange.mpi import connect
+
+    refuse_mismatch(place, library())
+    communicator = connect()
+    refuse_size(place, communicator.size)
+    return communicator
+
+

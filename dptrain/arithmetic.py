@@ -1,0 +1,79 @@
+"""Which kernels compute: set before numpy is loaded, checked where it is too late.
+
+``native`` leaves numpy and its BLAS to pick what is fastest on this CPU. ``portable`` pins them to what every x86-64
+machine with AVX2 has, so that all such machines agree with the same numpy build, at a measured price.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+from dptrain.errors import ArithmeticMismatch
+
+_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+
+PORTABLE = {
+    "OPENBLAS_CORETYPE": "Haswell",
+    # numpy before 2.4 knows the first names, later ones the last; it passes over those it doesn't know.
+    "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR X86_V4",
+}
+
+
+def choose(kernels: str, threads: int, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set the environment for the job's arithmetic; it counts only if numpy is not loaded yet."""
+    if "numpy" in sys.modules:
+        return
+    for variable in _THREADS:
+        environ[variable] = str(threads)
+    if kernels == "portable":
+        environ.update(PORTABLE)
+
+
+@contextmanager
+def limited(threads: int) -> Iterator[None]:
+    """Within it, every BLAS in the process runs this many threads, however it was started."""
+    if all(os.environ.get(variable) == str(threads) for variable in _THREADS):
+        yield
+        return
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(threads):
+        yield
+
+
+def describe(kernels: str, threads: int) -> dict[str, Any]:
+    """What computes here, for the result and for the comparison of workers.
+
+    Raises ArithmeticMismatch where the job wants portable kernels and numpy was loaded with others.
+    """
+    import numpy as np
+
+    features = _numpy_features()
+    wide = sorted(name for name in features if name.startswith("AVX512") or name == "X86_V4")
+    if kernels == "portable" and (wide or os.environ.get("OPENBLAS_CORETYPE") != PORTABLE["OPENBLAS_CORETYPE"]):
+        raise ArithmeticMismatch(
+            'arithmetic.kernels = "portable"',
+            expected="numpy to be loaded with AVX2 kernels at most",
+            found=f"kernels in use: {', '.join(wide) or 'chosen by the CPU'}",
+            cure="use the dptrain command, or set "
+            + " ".join(f"{name}='{value}'" for name, value in PORTABLE.items())
+            + " before Python imports numpy",
+        )
+    blas = np.show_config("dicts").get("Build Dependencies", {}).get("blas", {})
+    return {
+        "kernels": kernels,
+        "threads": threads,
+        "numpy": np.__version__,
+        "blas": f"{blas.get('name', '?')} {blas.get('version', '?')}",
+        "machine": platform.machine(),
+    }
+
+
+def _numpy_features() -> set[str]:
+    import numpy as np
+
+    found = np.show_config("dicts").get("SIMD Extensions", {}).get("found", [])
+    return set(found)

@@ -1,0 +1,119 @@
+"""From a job and its prepared data to what computes: model, loss, metrics, optimizer, evaluator."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dptrain.data.dataset import Dataset, open_dataset
+from dptrain.errors import ModelError
+from dptrain.fingerprint import Sample
+from dptrain.job.spec import Job
+from dptrain.nn.accumulate import Accumulator, Loss
+from dptrain.nn.chain import build_chain
+from dptrain.nn.evaluate import Evaluator, Metric
+from dptrain.nn.layer import Model
+from dptrain.nn.loss import make_loss
+from dptrain.nn.metrics import make_metrics
+from dptrain.nn.own import Own, digest_of, load_python
+from dptrain.optim import make_optimizer, make_schedule
+from dptrain.state import Optimizer, Update
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Everything of a job that computes, not yet distributed. ``own_digest`` is a Python model's source's, or ""."""
+
+    job: Job
+    dataset: Dataset
+    model: Model
+    own_digest: str
+    loss: Loss
+    metrics: list[Metric]
+    optimizer: Optimizer
+    dtype: np.dtype[Any]
+    sample: Sample
+
+    @property
+    def shards(self) -> int:
+        """The job's number of shards."""
+        assert self.job.train.shards is not None
+        return self.job.train.shards
+
+    @property
+    def rows_per_shard(self) -> int:
+        """b, the same for every shard and step."""
+        return -(-self.job.train.batch_size // self.shards)
+
+    def accumulator(self, at_once: int) -> Accumulator:
+        """A worker's forward and backward, ``at_once`` shards at a time."""
+        return Accumulator(self.model, self.loss, seed=self.job.seed, shards=self.shards, at_once=at_once)
+
+    def evaluator(self) -> Evaluator:
+        """A worker's evaluation."""
+        return Evaluator(
+            self.model,
+            self.loss,
+            self.metrics,
+            sample=(self.sample.shape, self.sample.dtype),
+            target=(self.sample.target_shape, self.sample.target_dtype),
+            dtype=self.dtype,
+            rows=self.job.train.evaluate_rows,
+            decode=None if self.dataset.encoding.label.identity else self.dataset.encoding.decode_target,
+        )
+
+    def update(self, total_steps: int) -> Update:
+        """The optimizer with its schedule over so many steps."""
+        optimizer = self.job.optimizer
+        schedule = make_schedule(optimizer.schedule, optimizer.lr, total_steps)
+        return Update(self.model.layout, self.optimizer, schedule, optimizer.clip_norm)
+
+
+def assemble(job: Job, plan: dict[str, Any], own_model: Any = None) -> Assembly:
+    """Open the prepared data and build all that computes. Raises DataError and ModelError."""
+    dataset = open_dataset(plan)
+    dtype = np.dtype(job.train.dtype)
+    target = dataset.target
+    classes = target.classes if target.kind == "classes" else 0
+    model, own_digest = build_model(job, dataset.sample_shape, dtype, own_model)
+    outputs = model.output_shape
+    loss = make_loss(job.loss, target.kind, target.classes, target.width)
+    _check_outputs(job, dataset, outputs)
+    binary = job.loss.type == "binary_cross_entropy"
+    sample = Sample(
+        shape=dataset.sample_shape,
+        dtype=np.dtype(np.int64) if dataset.integer else dtype,
+        target_shape=() if classes else (target.width,),
+        target_dtype=np.dtype(np.int64) if classes else dtype,
+        classes=2 if binary else classes,
+    )
+    metrics = make_metrics(job.loss, target.kind, target.width)
+    return Assembly(job, dataset, model, own_digest, loss, metrics, make_optimizer(job.optimizer), dtype, sample)
+
+
+def build_model(
+    job: Job, sample_shape: tuple[int, ...], dtype: np.dtype[Any], own_model: Any = None
+) -> tuple[Model, str]:
+    """The job's model for samples of a shape, and the digest of its source where it is the user's own."""
+    if own_model is not None:
+        return Own(own_model, sample_shape, dtype), digest_of(own_model)
+    if job.model.python:
+        own, source_digest = load_python(job.model.python, Path(job.directory), dict(job.model.options))
+        return Own(own, sample_shape, dtype), source_digest
+    return build_chain(job.model.layers, sample_shape, dtype), ""
+
+
+def _check_outputs(job: Job, dataset: Dataset, outputs: tuple[int, ...]) -> None:
+    target = dataset.target
+    wanted = (target.classes,) if target.kind == "classes" else (target.width,)
+    if job.loss.type == "binary_cross_entropy" and target.kind == "classes":
+        wanted = (1,)
+    if outputs != wanted:
+        what = f"{target.classes} classes" if target.kind == "classes" else f"{target.width} numbers a row"
+        raise ModelError(
+            f"model: the last layer's output for labels of {job.data.source}",
+            expected=f"shape {wanted} for {what}",
+            found=f"shape {outputs}",
+            cure=f"end the model with a linear layer of {wanted[0]} units",
+        )

@@ -1,0 +1,317 @@
+"""Snapshots on disk: whole or not there, checked by checksums, in a layout that knows no number of workers.
+
+A generation is a directory ``step-<n>`` with ``state.safetensors`` and ``manifest.json``. It is written under another
+name, flushed to the disk, read back, and renamed; several generations stay. The tensors lie in the file exactly as in
+the flat vectors, so the file is a header and the snapshot's own bytes (the format is safetensors', which is read back
+with its library, without pickle).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dptrain.errors import CheckpointError, DptrainError, StorageError
+from dptrain.layout import Array, Layout, digest
+from dptrain.state import Judgement, State
+
+FORMAT = 1
+STATE, MANIFEST = "state.safetensors", "manifest.json"
+_DTYPES = {"float32": "F32", "float64": "F64"}
+
+
+@dataclass
+class Snapshot:
+    """A copy of a committed state: vectors by group name, and what the manifest says besides checksums."""
+
+    groups: dict[str, Array]
+    manifest: dict[str, Any]
+
+    @classmethod
+    def of(cls, state: State, best: Array | None, slot_names: tuple[str, ...], facts: Mapping[str, Any]) -> "Snapshot":
+        """Copy ``state``; the only thing that a checkpoint makes the steps wait for."""
+        groups = {"weights": state.weights.copy()}
+        groups.update((name, slot.copy()) for name, slot in zip(slot_names, state.slots, strict=True))
+        if best is not None:
+            groups["best"] = best.copy()
+        manifest = {
+            "format": FORMAT,
+            "step": state.step,
+            "updates": state.updates,
+            "judgement": asdict(state.judgement),
+            **facts,
+        }
+        return cls(groups, manifest)
+
+
+def save(folder: Path, snapshot: Snapshot, layout: Layout) -> Path:
+    """Write one generation; after it returns the snapshot survives a crash of the machine. Raises StorageError."""
+    name = f"step-{snapshot.manifest['step']:010d}"
+    writing = folder / f".writing-{name}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir()
+        checksum = _write_tensors(writing / STATE, snapshot.groups, layout)
+        manifest = {
+            **snapshot.manifest,
+            "layout": layout.describe(),
+            "groups": list(snapshot.groups),
+            "weights_sha256": digest(snapshot.groups["weights"]),
+            "sha256": checksum,
+            "tensors": {
+                f"{group}/{tensor}": digest(view)
+                for group, vector in snapshot.groups.items()
+                for tensor, view in _tensors(vector, layout).items()
+            },
+        }
+        manifest["manifest_sha256"] = _sha256_of_json(manifest)
+        write_durably(writing / MANIFEST, json.dumps(manifest, indent=1).encode())
+        if _sha256_of_file(writing / STATE) != checksum:
+            raise OSError(f"{STATE} reads back differently from what was written")
+        target = folder / name
+        shutil.rmtree(target, ignore_errors=True)
+        writing.rename(target)
+        flush_folder(folder)
+    except OSError as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise StorageError(
+            f"checkpoint {folder / name}",
+            expected="to be written",
+            found=error.strerror or str(error),
+            cure="make room or make the folder writable; older checkpoints are untouched",
+        ) from error
+    return target
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` generations."""
+    for old in generations(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def generations(folder: Path) -> list[Path]:
+    """The generations of a run, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if p.name.startswith("step-")), reverse=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a writer that died left unfinished."""
+    if folder.is_dir():
+        for entry in folder.iterdir():
+            if entry.name.startswith(".writing-"):
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def read(generation: Path, layout: Layout | None = None) -> Snapshot:
+    """One generation, checked against all of its checksums and, if given, the layout. Raises CheckpointError."""
+    manifest = read_manifest(generation)
+    if layout is not None and manifest["layout"] != layout.describe():
+        raise _broken(generation, "the tensors of this job's model", "others", "resume with the job it was made by")
+    try:
+        content = (generation / STATE).read_bytes()
+    except OSError as error:
+        raise _broken(generation, f"a readable {STATE}", error.strerror or str(error)) from None
+    if "sha256:" + hashlib.sha256(content).hexdigest() != manifest["sha256"]:
+        raise _broken(generation, f"{STATE} with the manifest's checksum", "another")
+    from safetensors.numpy import load
+
+    tensors = load(content)
+    names = [entry[0] for entry in manifest["layout"]]
+    groups = {}
+    for group in manifest["groups"]:
+        views = [tensors[f"{group}/{name}"] for name in names if f"{group}/{name}" in tensors]
+        groups[group] = np.concatenate([view.ravel() for view in views]) if views else np.zeros(0)
+    return Snapshot(groups, manifest)
+
+
+def read_manifest(generation: Path) -> dict[str, Any]:
+    """The manifest of a generation, checked against its own checksum. Raises CheckpointError."""
+    try:
+        manifest = json.loads((generation / MANIFEST).read_bytes())
+        checksum = manifest.pop("manifest_sha256")
+        whole = checksum == _sha256_of_json(manifest)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise _broken(generation, f"a readable {MANIFEST}", f"{type(error).__name__}") from None
+    if not whole:
+        raise _broken(generation, f"{MANIFEST} with its own checksum", "another")
+    if manifest["format"] != FORMAT:
+        raise _broken(
+            generation, f"format {FORMAT}", f"format {manifest['format']}", "use the version of dptrain that wrote it"
+        )
+    return dict(manifest)
+
+
+def newest(folder: Path, accept: Callable[[Path], Snapshot], warn: Callable[[str], None]) -> Snapshot | None:
+    """The newest generation that ``accept`` takes; broken ones are passed over aloud.
+
+    None where there are none at all; CheckpointError where all are broken.
+    """
+    found = generations(folder)
+    for generation in found:
+        try:
+            return accept(generation)
+        except _Foreign:
+            raise
+        except DptrainError as error:
+            warn(f"passed over: {error}")
+    if found:
+        raise CheckpointError(
+            f"checkpoints in {folder}",
+            expected="one that can be read",
+            found=f"{len(found)} broken ones",
+            cure="start again without --resume in another run directory",
+        )
+    return None
+
+
+class _Foreign(CheckpointError):
+    """A whole checkpoint of something else: older generations would not help."""
+
+
+def refuse(generation: Path, expected: str, found: str, cure: str) -> CheckpointError:
+    """The error for a checkpoint that is whole but belongs to another job, which ends the search."""
+    return _Foreign(f"checkpoint {generation}", expected=expected, found=found, cure=cure)
+
+
+def judgement_of(manifest: Mapping[str, Any]) -> Judgement:
+    """What evaluations had decided when a snapshot was taken."""
+    return Judgement(**manifest["judgement"])
+
+
+class Writer:
+    """Writes snapshots in the background, one at a time; the steps go on meanwhile."""
+
+    def __init__(self, folder: Path, layout: Layout, keep: int) -> None:
+        self.folder, self.layout, self.keep = folder, layout, keep
+        self.failed: DptrainError | None = None
+        self.written = -1
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a snapshot is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, snapshot: Snapshot) -> None:
+        """Begin to write; waits for the one before."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def complaint(self) -> DptrainError | None:
+        """What went wrong with the last write, told once."""
+        failed, self.failed = self.failed, None
+        return failed
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            save(self.folder, snapshot, self.layout)
+            self.written = snapshot.manifest["step"]
+            prune(self.folder, self.keep)
+        except DptrainError as error:
+            self.failed = error
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Create or replace a file; after it returns the content survives a crash of the machine. Raises OSError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        flush_folder(path.parent)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames within a folder survive a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def export(path: Path, weights: Array, layout: Layout) -> None:
+    """A safetensors file of a model's tensors by their plain names, for other programs. Raises StorageError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _write_tensors(part, {"": weights}, layout)
+        part.replace(path)
+        flush_folder(path.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise StorageError(
+            str(path), expected="to be written", found=error.strerror or str(error), cure="make room, then --resume"
+        ) from None
+
+
+def _write_tensors(path: Path, groups: Mapping[str, Array], layout: Layout) -> str:
+    header: dict[str, Any] = {}
+    at = 0
+    for group, vector in groups.items():
+        for name, view in _tensors(vector, layout).items():
+            full = f"{group}/{name}" if group else name
+            header[full] = {
+                "dtype": _DTYPES[vector.dtype.name],
+                "shape": list(view.shape),
+                "data_offsets": [at, at + view.nbytes],
+            }
+            at += view.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    checksum = hashlib.sha256()
+    with path.open("wb") as file:
+        total = 8 + len(text) + at
+        if hasattr(os, "posix_fallocate") and total:
+            os.posix_fallocate(file.fileno(), 0, total)
+        vectors = [memoryview(vector.view(np.uint8)) for vector in groups.values()]
+        for piece in (len(text).to_bytes(8, "little"), text, *vectors):
+            file.write(piece)
+            checksum.update(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return "sha256:" + checksum.hexdigest()
+
+
+def _tensors(vector: Array, layout: Layout) -> dict[str, Array]:
+    """A vector's tensors; the optimizer's vectors end where the parameters do."""
+    return {
+        name: vector[entry.start : entry.stop].reshape(entry.shape)
+        for name, entry in layout.entries.items()
+        if entry.stop <= len(vector)
+    }
+
+
+def _broken(generation: Path, expected: str, found: str, cure: str = "an older one is used") -> CheckpointError:
+    return CheckpointError(f"checkpoint {generation}", expected=expected, found=found, cure=cure)
+
+
+def _sha256_of_json(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,210 @@
+"""What the chief writes down while it trains: journal, checkpoints, and word to whoever watches."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from dptrain.checkpoint import Snapshot, Writer
+from dptrain.errors import DptrainError
+from dptrain.exchange.verdict import Verdict
+from dptrain.job.spec import Output
+from dptrain.journal import Journal
+from dptrain.layout import Array
+from dptrain.rule import Rule
+from dptrain.state import State
+
+_LINES = 1000
+_LONGEST_SILENCE = 1.0
+
+
+class Observer(Protocol):
+    """Shows a run to a person. Called by the chief only, between steps, so it must be quick."""
+
+    def started(self, info: Mapping[str, Any]) -> None:
+        """Training begins; ``info`` says with what."""
+
+    def progressed(self, line: Mapping[str, Any]) -> None:
+        """A line of the journal."""
+
+    def warned(self, text: str) -> None:
+        """Something went wrong that training goes on without."""
+
+    def finished(self, result: Mapping[str, Any]) -> None:
+        """The content of result.json."""
+
+    def close(self) -> None:
+        """Training ended in an error that is told next; leave the terminal in order. May come after ``finished``."""
+
+
+class Unwatched:
+    """An observer that shows nothing."""
+
+    def started(self, info: Mapping[str, Any]) -> None:
+        """See Observer."""
+
+    def progressed(self, line: Mapping[str, Any]) -> None:
+        """See Observer."""
+
+    def warned(self, text: str) -> None:
+        """See Observer."""
+
+    def finished(self, result: Mapping[str, Any]) -> None:
+        """See Observer."""
+
+    def close(self) -> None:
+        """See Observer."""
+
+
+class Bystander:
+    """The watcher of a worker that isn't the chief: it writes nothing."""
+
+    def stepped(self, state: State, verdict: Verdict) -> None:
+        """See worker.Watcher."""
+
+    def evaluated(self, state: State, figures: dict[str, float], best: Array | None) -> None:
+        """See worker.Watcher."""
+
+
+class Chronicle:
+    """The chief's watcher. ``lr`` gives the learning rate of an update, ``facts`` go into every manifest."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        writer: Writer,
+        observer: Observer,
+        rule: Rule,
+        output: Output,
+        lr: Callable[[int], float],
+        slot_names: tuple[str, ...],
+        facts: Mapping[str, Any],
+    ) -> None:
+        self.journal, self.writer, self.observer = journal, writer, observer
+        self.rule, self.output, self.lr = rule, output, lr
+        self.slot_names, self.facts = slot_names, facts
+        self.interval = output.journal_steps or -(-rule.total_steps // _LINES)
+        self.rows = 0.0
+        self.epoch_loss: float | None = None
+        self.epoch_metrics: dict[str, float] = {}
+        self.best: Array | None = None
+        self._epoch = [0.0, 0.0]
+        self._started = self._last_line = self._last_checkpoint = time.perf_counter()
+        self._checkpointed = -1
+        self._lag: list[dict[str, Any]] = []
+        self._compute: tuple[float, ...] = ()
+        self._wait: tuple[float, ...] = ()
+        self._norm: float | None = None
+        self._clear()
+
+    def stepped(self, state: State, verdict: Verdict) -> None:
+        """See worker.Watcher."""
+        self._steps += 1
+        self.rows += verdict.rows
+        self._rows += verdict.rows
+        if verdict.finite:
+            self._loss += verdict.loss
+            self._weight += verdict.weight
+            self._epoch[0] += verdict.loss
+            self._epoch[1] += verdict.weight
+        else:
+            self._skipped += 1
+        self._norm = verdict.norm
+        self._compute = _added(self._compute, verdict.compute)
+        self._wait = _added(self._wait, verdict.wait)
+        if state.step % self.rule.steps_per_epoch == 0 or state.step >= self.rule.total_steps:
+            loss, weight = self._epoch
+            self.epoch_loss = loss / weight if weight else self.epoch_loss
+            self._epoch = [0.0, 0.0]
+        if self.rule.evaluates(state):
+            return
+        late = time.perf_counter() - self._last_line > _LONGEST_SILENCE
+        if self._steps >= self.interval or late or state.step >= self.rule.total_steps:
+            self._line(state, {})
+        self._checkpoint_if_due(state)
+
+    def evaluated(self, state: State, figures: dict[str, float], best: Array | None) -> None:
+        """See worker.Watcher."""
+        self.best = best
+        self.epoch_metrics = figures
+        self._line(state, {"metrics": figures})
+        self._checkpoint_if_due(state)
+
+    def warn(self, text: str) -> None:
+        """Tell the observer and the journal."""
+        self.observer.warned(text)
+        self._write({"event": "warning", "text": text})
+
+    def checkpoint(self, state: State) -> None:
+        """Write a last checkpoint and wait for it. Raises StorageError."""
+        self.writer.wait()
+        if self._checkpointed != state.step or self.writer.failed:
+            self.writer.start(self._snapshot(state))
+        self.writer.wait()
+        complaint = self.writer.complaint()
+        if complaint:
+            raise complaint
+
+    def close(self) -> None:
+        """Let what is being written be finished; nothing is raised."""
+        self.writer.wait()
+        self.journal.close()
+
+    def _clear(self) -> None:
+        self._steps = self._skipped = 0
+        self._rows = self._loss = self._weight = 0.0
+        self._compute = self._wait = ()
+        self._norm = None
+
+    def _line(self, state: State, more: Mapping[str, Any]) -> None:
+        now = time.perf_counter()
+        line: dict[str, Any] = {
+            "step": state.step,
+            "epoch": round(state.step / self.rule.steps_per_epoch, 4),
+            "loss": self._loss / self._weight if self._weight else None,
+            "lr": self.lr(max(1, state.updates)),
+            "samples_per_second": round(self._rows / max(1e-9, now - self._last_line), 1),
+            "seconds": round(now - self._started, 4),
+            "compute": [round(s, 6) for s in self._compute],
+            "wait": [round(s, 6) for s in self._wait],
+        }
+        if self._norm is not None:
+            line["norm"] = self._norm
+        if self._skipped:
+            line["skipped"] = self._skipped
+        line.update(more)
+        self._last_line = now
+        self._clear()
+        self._write(line)
+        self.observer.progressed(line)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """Lines that a full disk refuses are kept and tried again with the next."""
+        failing = bool(self._lag)
+        self._lag.append(line)
+        try:
+            while self._lag:
+                self.journal.write(self._lag[0])
+                self._lag.pop(0)
+        except DptrainError as error:
+            if not failing:
+                self.observer.warned(f"training goes on without a journal: {error}")
+
+    def _checkpoint_if_due(self, state: State) -> None:
+        complaint = self.writer.complaint()
+        if complaint:
+            self.warn(f"training goes on without a new checkpoint: {complaint}")
+        now = time.perf_counter()
+        seconds, steps = self.output.checkpoint_seconds, self.output.checkpoint_steps
+        by_time = seconds and now - self._last_checkpoint >= seconds and not self.writer.busy
+        if by_time or (steps and state.step % steps == 0):
+            self._last_checkpoint = now
+            self._checkpointed = state.step
+            self.writer.start(self._snapshot(state))
+
+    def _snapshot(self, state: State) -> Snapshot:
+        return Snapshot.of(state, self.best, self.slot_names, self.facts)
+
+
+def _added(some: tuple[float, ...], more: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(a + b for a, b in zip(some, more, strict=True)) if some else more

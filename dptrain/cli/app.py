@@ -1,0 +1,163 @@
+"""The commands: parse, call one function, print, set the exit code."""
+
+import os
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from dptrain import launch
+
+app = typer.Typer(
+    name="dptrain",
+    help="Distributed data-parallel training: the same bits for any number of workers.\n\n"
+    "Plain [bold]dptrain[/] is [bold]dptrain run[/] of ./dptrain.toml if there is one, else of the embedded job.",
+    epilog="Example: [bold]mpirun -n 8 dptrain[/]  trains the embedded job with eight workers.",
+    rich_markup_mode="rich",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Context(NamedTuple):
+    """What the entry point found out: the launcher's word, and the way to the other workers if there are any."""
+
+    place: launch.Announced
+    leader: Any
+
+
+class Watch(StrEnum):
+    """How progress is shown."""
+
+    auto = "auto"
+    bar = "bar"
+    plain = "plain"
+    none = "none"
+
+
+JobFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[JOB.toml]", help="Default: ./dptrain.toml if there is one, else the embedded job."),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as optimizer.lr=0.05. Repeatable."),
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"dptrain {version('dptrain')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="Examples: [bold]dptrain run job.toml -n 8[/]  ·  "
+    "[bold]mpirun -n 8 dptrain run job.toml --set optimizer.lr=0.05[/]  ·  "
+    "[bold]dptrain run job.toml --run-dir runs/a --resume[/]"
+)
+def run(
+    context: typer.Context,
+    job: JobFile = None,
+    sets: Sets = None,
+    n: Annotated[
+        int | None,
+        typer.Option("-n", metavar="N", help="Start N workers on this machine. Default: this process alone."),
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. Default: a new one in runs/."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest good checkpoint in --run-dir.")
+    ] = False,
+    progress: Annotated[
+        Watch, typer.Option("--progress", envvar="DPTRAIN_PROGRESS", help="A bar, plain lines, or the end alone.")
+    ] = Watch.auto,
+) -> None:
+    """Train a job. Under mpirun this is one worker; with -n it starts mpirun itself; with neither it is alone."""
+    from dptrain.cli.run import Request, train
+
+    asked = Request(_job_path(job), tuple(sets or ()), n, run_dir, resume, progress.value)
+    raise typer.Exit(train(asked, context.obj.place, context.obj.leader))
+
+
+@app.command(epilog="Example: [bold]dptrain check job.toml --set train.shards=4[/]")
+def check(job: JobFile = None, sets: Sets = None) -> None:
+    """Say what a job would do, without training: keys, layers, memory, and what its shards cost in speed."""
+    from dptrain.cli.check import show
+    from dptrain.job.load import load_job
+
+    show(load_job(_job_path(job), sets or (), os.environ))
+
+
+@app.command(epilog="Example: [bold]dptrain init && dptrain check[/]")
+def init(
+    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="The file to write.")] = Path("dptrain.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+) -> None:
+    """Write a commented job file: the embedded job, with every key, its default and its meaning."""
+    from dptrain.cli.job_file import write
+
+    write(path, force)
+    print(f"wrote {path}; try: dptrain check {shlex.quote(str(path))}")
+
+
+@app.command("eval", epilog="Example: [bold]dptrain eval runs/digits --data more.npz --json[/]")
+def evaluate(
+    run: RunDir,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="PATH", help="Rows like the job's. Default: the job's test part.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a run's weights on its test part, or on other data."""
+    from dptrain.cli.inference import evaluate
+
+    evaluate(run, data, as_json)
+
+
+@app.command(epilog="Example: [bold]dptrain predict runs/digits --data x.npy --out y.npy --classes[/]")
+def predict(
+    run: RunDir,
+    data: Annotated[Path, typer.Option("--data", metavar="X.npy", help="Rows of raw features, as the job's.")],
+    out: Annotated[Path, typer.Option("--out", metavar="Y.npy", help="Where the outputs go, one row each.")],
+    classes: Annotated[
+        bool, typer.Option("--classes", help="Write the most likely class of each row, not the model's outputs.")
+    ] = False,
+) -> None:
+    """Apply a run's weights to rows of features."""
+    from dptrain.cli.inference import predict
+
+    predict(run, data, out, classes)
+
+
+@app.command(epilog="Example: [bold]dptrain doctor --json[/]")
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Look at MPI, cores, limits, memory and versions; tell each problem with its cure. Exits 1 if one stops a run."""
+    from dptrain.cli.doctor import examine, show
+
+    findings = examine(os.environ)
+    show(findings, as_json)
+    raise typer.Exit(int(any(finding.stops for finding in findings)))
+
+
+def _job_path(path: Path | None) -> Path | None:
+    here = Path("dptrain.toml")
+    return here if path is None and here.exists() else path

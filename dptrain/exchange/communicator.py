@@ -1,0 +1,112 @@
+"""What an exchange needs of a transport: bytes moved between workers, never added.
+
+Every worker makes the same collective calls in the same order. Each wait has the deadline (seconds) and raises
+DeadlineError naming the phase when it passes.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dptrain.layout import Array
+
+
+class Message(NamedTuple):
+    """A contiguous array to be sent to, or filled by, a peer. ``tag`` tells messages of one pair apart."""
+
+    peer: int
+    array: Array
+    tag: int
+
+
+class Posted(Protocol):
+    """Transfers on their way."""
+
+    def wait(self) -> None:
+        """Return when all of them are done."""
+
+
+class Communicator(Protocol):
+    """A fixed group of workers."""
+
+    rank: int
+    size: int
+    library: str
+    deadline: float
+    agreed: bool
+    """Whether all workers know that the job has failed, so that each can leave by itself."""
+
+    def allgather(self, row: npt.NDArray[np.float64], phase: str) -> npt.NDArray[np.float64]:
+        """Every worker's row, (size, len(row)), in order of rank. Valid until the next call."""
+
+    def allgather_json(self, content: Any, phase: str) -> list[Any]:
+        """Every worker's plain data, in order of rank."""
+
+    def broadcast_json(self, content: Any, phase: str) -> Any:
+        """Rank 0's plain data."""
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], phase: str) -> Posted:
+        """Start the transfers; the arrays must stay untouched until they are done."""
+
+    def allreduce(self, vector: Array, phase: str) -> None:
+        """Replace ``vector`` by the sum over workers in whatever order the library likes."""
+
+    def broadcast(self, vector: Array, phase: str) -> None:
+        """Replace ``vector`` by rank 0's."""
+
+    def first_on_node(self) -> bool:
+        """Whether this worker is the lowest of those on its machine."""
+
+    def abort(self, code: int) -> None:
+        """End all workers now; for when they can't be told."""
+
+
+class Alone:
+    """The communicator of one worker without a launcher: nothing moves."""
+
+    rank = 0
+    size = 1
+    library = "none"
+    deadline = 0.0
+    agreed = False
+
+    def allgather(self, row: npt.NDArray[np.float64], phase: str) -> npt.NDArray[np.float64]:
+        """The row itself."""
+        return row[None].copy()
+
+    def allgather_json(self, content: Any, phase: str) -> list[Any]:
+        """The content as it would arrive."""
+        return [json.loads(json.dumps(content))]
+
+    def broadcast_json(self, content: Any, phase: str) -> Any:
+        """The content as it would arrive."""
+        return json.loads(json.dumps(content))
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], phase: str) -> Posted:
+        """Nobody to send to."""
+        assert not sends
+        assert not receives
+        return Done()
+
+    def allreduce(self, vector: Array, phase: str) -> None:
+        """The sum over one worker."""
+
+    def broadcast(self, vector: Array, phase: str) -> None:
+        """Rank 0's."""
+
+    def first_on_node(self) -> bool:
+        """The only one."""
+        return True
+
+    def abort(self, code: int) -> None:
+        """Nobody else to end."""
+
+
+class Done:
+    """Transfers that are over."""
+
+    def wait(self) -> None:
+        """Return at once."""

@@ -1,0 +1,166 @@
+"""The one place that imports mpi4py: MPI as a communicator.
+
+MPI is initialised here, on first use, with what a container and an oversubscribed machine need. All calls come from
+the main thread. Waiting polls, so that every wait has its deadline and gives the core away to whoever has work.
+Importing this module does not import numpy: a rank learns from rank 0 with which kernels numpy is to be loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from array import array
+from typing import TYPE_CHECKING, Any
+
+from dptrain.errors import DeadlineError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from dptrain.exchange.communicator import Message, Posted
+    from dptrain.layout import Array
+
+ENVIRONMENT = {
+    # MPICH copies large messages with process_vm_readv, which a container without CAP_SYS_PTRACE forbids.
+    "MPIR_CVAR_CH4_CMA_ENABLE": "0",
+    # Open MPI tries UCX for shared windows and complains where there is none.
+    "OMPI_MCA_osc": "^ucx",
+}
+
+_POLLS_BEFORE_YIELD = 200
+
+
+def vendor() -> str:
+    """The MPI that mpi4py loads here, such as ``MPICH 5.0.2``, without initialising it."""
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    name, version = MPI.get_vendor()
+    return f"{name} {'.'.join(map(str, version))}"
+
+
+def connect(deadline: float = 600.0) -> Mpi:
+    """Initialise MPI, once a process, and return the communicator of all its workers."""
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    mpi4py.rc.finalize = True
+    mpi4py.rc.thread_level = "serialized"
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_SERIALIZED)
+    return Mpi(MPI.COMM_WORLD.Dup(), deadline)
+
+
+class Mpi:
+    """See Communicator. ``split`` makes groups of workers that train apart from each other."""
+
+    def __init__(self, comm: Any, deadline: float) -> None:
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self._comm = comm
+        self.rank = comm.Get_rank()
+        self.size = comm.Get_size()
+        self.library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip()
+        self.deadline = deadline
+        self.agreed = False
+        self._rows: dict[int, npt.NDArray[np.float64]] = {}
+
+    def split(self, color: int | None) -> Mpi | None:
+        """The workers that name the same color, in order of rank; None for a worker that names none."""
+        comm = self._comm.Split(self._mpi.UNDEFINED if color is None else color, self.rank)
+        return None if color is None else Mpi(comm, self.deadline)
+
+    def allgather(self, row: npt.NDArray[np.float64], phase: str) -> npt.NDArray[np.float64]:
+        """See Communicator."""
+        every = self._rows.get(len(row))
+        if every is None:
+            import numpy as np
+
+            every = self._rows[len(row)] = np.empty((self.size, len(row)))
+        self._wait([self._comm.Iallgather(row, every)], phase)
+        return every
+
+    def allgather_json(self, content: Any, phase: str) -> list[Any]:
+        """See Communicator."""
+        text = bytearray(json.dumps(content).encode())
+        mine, lengths = array("q", [len(text)]), array("q", [0]) * self.size
+        self._wait([self._comm.Iallgather(mine, lengths)], phase)
+        every = bytearray(sum(lengths))
+        starts = [sum(lengths[:i]) for i in range(self.size)]
+        self._wait([self._comm.Iallgatherv(text, [every, (list(lengths), starts), self._mpi.BYTE])], phase)
+        return [json.loads(every[at : at + n]) for at, n in zip(starts, lengths, strict=True)]
+
+    def broadcast_json(self, content: Any, phase: str) -> Any:
+        """See Communicator."""
+        text = bytearray(json.dumps(content).encode()) if self.rank == 0 else bytearray()
+        length = array("q", [len(text)])
+        self._wait([self._comm.Ibcast(length, 0)], phase)
+        data = text if self.rank == 0 else bytearray(length[0])
+        self._wait([self._comm.Ibcast(data, 0)], phase)
+        return json.loads(data)
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], phase: str) -> Posted:
+        """See Communicator."""
+        comm = self._comm
+        requests = [comm.Irecv(message.array, message.peer, message.tag) for message in receives]
+        requests += [comm.Isend(message.array, message.peer, message.tag) for message in sends]
+        return _Requests(self, requests, phase)
+
+    def allreduce(self, vector: Array, phase: str) -> None:
+        """See Communicator."""
+        self._wait([self._comm.Iallreduce(self._mpi.IN_PLACE, vector)], phase)
+
+    def broadcast(self, vector: Array, phase: str) -> None:
+        """See Communicator."""
+        self._wait([self._comm.Ibcast(vector, 0)], phase)
+
+    def first_on_node(self) -> bool:
+        """See Communicator."""
+        local = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank)
+        first = local.Get_rank() == 0
+        local.Free()
+        return bool(first)
+
+    def barrier(self, phase: str) -> None:
+        """Return when all workers have come here."""
+        self._wait([self._comm.Ibarrier()], phase)
+
+    def abort(self, code: int) -> None:
+        """See Communicator."""
+        self._comm.Abort(code)
+
+    def _wait(self, requests: list[Any], phase: str) -> None:
+        testall = self._mpi.Request.Testall
+        for _ in range(_POLLS_BEFORE_YIELD):
+            if testall(requests):
+                return
+        until = time.monotonic() + self.deadline
+        while not testall(requests):
+            os.sched_yield()
+            if time.monotonic() > until:
+                raise DeadlineError(
+                    f"rank {self.rank} in {phase}",
+                    expected=f"the other workers within {self.deadline:g} s",
+                    found="no answer",
+                    cure="see what the others do, or raise exchange.deadline",
+                )
+
+
+class _Requests:
+    def __init__(self, owner: Mpi, requests: list[Any], phase: str) -> None:
+        self._owner, self._requests, self._phase = owner, requests, phase
+
+    def wait(self) -> None:
+        if self._requests:
+            self._owner._wait(self._requests, self._phase)

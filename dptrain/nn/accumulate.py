@@ -1,0 +1,285 @@
+"""From weights and shards to partials: backward's gradients added in the canonical tree as they appear.
+
+A worker takes its shards k at a time (a matter of speed and memory, never of bits) and keeps a binary counter of
+sums: whatever two neighbours of the tree are at hand are added at once, tensor by tensor, while backward's result is
+still in the cache. What is left at the end are the maximal subtrees of its range, lying in the outbox.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dptrain.layout import Layout
+from dptrain.nn.layer import Array, Model, Pass, Workspace
+from dptrain.tree import Node, additions, subtrees
+
+WEIGHT, LOSS, ROWS = range(3)
+"""Columns of a tally: the loss's denominator, the sum of losses, the number of real rows."""
+
+TALLIES = 3
+
+_WHOLE = 1 << 18
+"""Up to this many elements, k gradients are kept whole and added in one pass; above, tensor by tensor."""
+
+
+class Loaded(Protocol):
+    """The rows of some shards of one batch, padded."""
+
+    @property
+    def x(self) -> Array:
+        """(k, b, *sample)."""
+
+    @property
+    def y(self) -> Array:
+        """(k, b) classes or (k, b, width) numbers."""
+
+    @property
+    def rows(self) -> Array:
+        """(k, b), 1 for a real row and 0 for padding."""
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """The real rows of each shard."""
+
+
+class LossSums(Protocol):
+    """A loss over the rows of each shard."""
+
+    @property
+    def loss(self) -> npt.NDArray[np.float64]:
+        """(k,) sums of losses."""
+
+    @property
+    def weight(self) -> npt.NDArray[np.float64]:
+        """(k,) what the sums are to be divided by."""
+
+    @property
+    def dz(self) -> Array | None:
+        """The gradient of the sums with respect to the model's output."""
+
+
+class Loss(Protocol):
+    """A loss and its gradient in one pass, per shard, nothing divided."""
+
+    def __call__(
+        self, z: Array, target: Array, rows: Array, workspace: Workspace, key: Any, gradient: bool = True
+    ) -> LossSums:
+        """The sums over the rows of each shard."""
+
+
+@dataclass
+class Partials:
+    """Gradient sums of nodes of the tree: row i of ``vectors`` (m, size) and of ``tallies`` (m, 3) is ``nodes[i]``'s."""
+
+    nodes: Sequence[Node]
+    vectors: Array
+    tallies: npt.NDArray[np.float64]
+
+
+class _Step(NamedTuple):
+    """target = left + right, or a copy where right is None; places are rows of the scratch (>= 0) or ~row of the slots."""
+
+    target: int
+    left: int
+    right: int | None
+
+
+@dataclass
+class _Batch:
+    """Shards lo to hi computed together, and what is added afterwards. ``direct`` is the slot they are written to."""
+
+    lo: int
+    hi: int
+    steps: list[_Step] = field(default_factory=list)
+    direct: int | None = None
+
+
+@dataclass
+class Schedule:
+    """How a worker goes through its range: batches of at most k shards, and the slots their sums need."""
+
+    nodes: list[Node]
+    batches: list[_Batch]
+    slots: int
+
+
+def schedule(lo: int, hi: int, shards: int, at_once: int) -> Schedule:
+    """The batches and additions that turn shards lo to hi into the maximal subtrees of that range.
+
+    Slot i < len(nodes) ends with the sum of node i; further slots are the binary counter's.
+    """
+    roots = subtrees(lo, hi, shards)
+    plan = Schedule(roots, [], len(roots))
+    held: dict[Node, int] = {}
+    parents = {node: parent for root in roots for parent, *pair in _all_additions(root) for node in pair}
+    for start in range(lo, hi, at_once):
+        batch = _Batch(start, min(hi, start + at_once))
+        plan.batches.append(batch)
+        for part in subtrees(batch.lo, batch.hi, shards):
+            node = part
+            for add in additions([Node(s, s + 1) for s in range(part.lo, part.hi)], part):
+                batch.steps.append(_Step(*(n.lo - batch.lo for n in add)))
+            place = node.lo - batch.lo
+            while node in parents and node.lo != parents[node].lo:
+                left = held.pop(parents[node].children[0])
+                batch.steps.append(_Step(left, left, place))
+                node, place = parents[node], left
+            if place >= 0:
+                slot = ~_free(plan, node, held)
+                _redirect(batch, part, place, slot)
+                place = slot
+            held[node] = place
+    return plan
+
+
+def _all_additions(root: Node) -> list[Any]:
+    return additions([Node(s, s + 1) for s in range(root.lo, root.hi)], root)
+
+
+def _free(plan: Schedule, node: Node, held: Mapping[Node, int]) -> int:
+    for i, root in enumerate(plan.nodes):
+        if root.lo == node.lo:
+            return i
+    taken = {~place for place in held.values()}
+    slot = next(i for i in range(len(plan.nodes), plan.slots + 1) if i not in taken)
+    plan.slots = max(plan.slots, slot + 1)
+    return slot
+
+
+def _redirect(batch: _Batch, part: Node, place: int, slot: int) -> None:
+    if part.hi - part.lo > 1:
+        last = batch.steps.pop()
+        batch.steps.append(_Step(slot, last.left, last.right))
+    elif batch.hi - batch.lo == 1:
+        batch.direct = ~slot
+    else:
+        batch.steps.append(_Step(slot, place, None))
+
+
+class _Adder:
+    """The sink of one batch: hands out memory for k gradients and adds them as the schedule says."""
+
+    def __init__(self, layout: Layout, slots: Array, tallies: npt.NDArray[np.float64], workspace: Workspace) -> None:
+        self._layout = layout
+        self._slots = slots
+        self._tallies = tallies
+        self._workspace = workspace
+        self._open: dict[str, tuple[int, Array]] = {}
+        self._free: list[int] = []
+        self._scratch = 0
+
+    def begin(self, batch: _Batch) -> None:
+        """Start a batch: every tensor is opened and closed once."""
+        self._batch = batch
+        self._k = batch.hi - batch.lo
+        self._whole: Array | None = None
+        if batch.direct is not None:
+            self._whole = self._slots[batch.direct : batch.direct + 1]
+        elif self._k * self._layout.size <= _WHOLE:
+            self._whole = self._workspace.array("gradients", (self._k, self._layout.size), self._slots.dtype)
+        if self._whole is not None:
+            self._tensors = self._layout.views(self._whole)
+
+    def open(self, name: str) -> Array:
+        """See Sink."""
+        if self._whole is not None:
+            return self._tensors[name]
+        entry = self._layout.entries[name]
+        if not self._free:
+            self._free.append(self._scratch)
+            self._scratch += 1
+        number = self._free.pop()
+        flat = self._workspace.array(("gradient", number), (self._k, entry.stop - entry.start), self._slots.dtype)
+        self._open[name] = number, flat
+        return flat.reshape(self._k, *entry.shape)
+
+    def close(self, name: str) -> None:
+        """See Sink."""
+        if self._whole is None:
+            entry = self._layout.entries[name]
+            number, flat = self._open.pop(name)
+            self._add(flat, self._slots[:, entry.start : entry.stop])
+            self._free.append(number)
+
+    def end(self, tallies: npt.NDArray[np.float64]) -> None:
+        """Finish a batch with its tallies, (k, 3)."""
+        if self._whole is not None:
+            self._add(self._whole, self._slots)
+        if self._batch.direct is not None:
+            self._tallies[self._batch.direct] = tallies[0]
+        self._add(tallies, self._tallies)
+
+    def _add(self, scratch: Array, slots: Array) -> None:
+        for target, left, right in self._batch.steps:
+            into = scratch[target] if target >= 0 else slots[~target]
+            a = scratch[left] if left >= 0 else slots[~left]
+            if right is None:
+                np.copyto(into, a)
+            else:
+                np.add(a, scratch[right] if right >= 0 else slots[~right], out=into)
+
+
+class Accumulator:
+    """One worker's forward and backward over its shards. Give it an outbox, get partials.
+
+    The outbox is (slots, layout.size) with at least ``schedule(...).slots`` rows; its first rows hold the partials.
+    """
+
+    def __init__(self, model: Model, loss: Loss, *, seed: int, shards: int, at_once: int) -> None:
+        self.model = model
+        self.loss = loss
+        self.seed = seed
+        self.shards = shards
+        self.at_once = at_once
+        self.workspace = Workspace()
+        self.shards_computed = 0
+
+    def schedule(self, lo: int, hi: int) -> Schedule:
+        """How shards lo to hi will be gone through."""
+        return schedule(lo, hi, self.shards, self.at_once)
+
+    def accumulate(
+        self,
+        weights: Array,
+        plan: Schedule,
+        outbox: Array,
+        step: int,
+        load: Callable[[int, int], Loaded],
+    ) -> Partials:
+        """The partials of the plan's shards at this step; ``load(lo, hi)`` gives the rows of shards lo to hi."""
+        tallies = np.zeros((max(1, plan.slots), TALLIES))
+        tensors = self.model.layout.views(weights)
+        sink = _Adder(self.model.layout, outbox, tallies, self.workspace)
+        for batch in plan.batches:
+            rows = load(batch.lo, batch.hi)
+            sink.begin(batch)
+            sink.end(self.backward(tensors, rows, range(batch.lo, batch.hi), step, sink))
+        m = len(plan.nodes)
+        return Partials(plan.nodes, outbox[:m], tallies[:m])
+
+    def backward(
+        self, tensors: Mapping[str, Array], rows: Loaded, shards: range, step: int, sink: Any
+    ) -> npt.NDArray[np.float64]:
+        """Forward and backward of some shards into a sink; returns their tallies, (k, 3)."""
+        run = Pass(
+            training=True,
+            seed=self.seed,
+            step=step,
+            shards=shards,
+            rows=rows.rows,
+            counts=rows.counts,
+            workspace=self.workspace,
+        )
+        z, back = self.model.forward(tensors, rows.x, run)
+        sums = self.loss(z, rows.y, rows.rows, self.workspace, "loss")
+        assert sums.dz is not None
+        back(sums.dz, sink)
+        self.shards_computed += len(shards)
+        tallies = np.empty((len(shards), TALLIES))
+        tallies[:, WEIGHT] = sums.weight
+        tallies[:, LOSS] = sums.loss
+        tallies[:, ROWS] = rows.counts
+        return tallies

@@ -1,0 +1,196 @@
+"""Optimizers: element by element, from the old state to the new one, over any segment of the flat vector."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from dptrain.job import spec
+from dptrain.layout import BLOCK, Array
+
+STRETCH = 2 * BLOCK
+"""Elements that all passes of an update go over before the next ones: they stay in a core's L2 cache."""
+
+
+class Optimizer(ABC):
+    """One update rule. ``slots`` names the vectors of state it keeps beside the weights.
+
+    Elements don't meet, so the bits are the same however a caller cuts the vector.
+    """
+
+    slots: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self._scratch = np.empty((2, 0))
+
+    def update(
+        self,
+        weights: Array,
+        gradient: Array,
+        slots: Sequence[Array],
+        new_weights: Array,
+        new_slots: Sequence[Array],
+        *,
+        scale: float,
+        lr: float,
+        count: int,
+    ) -> None:
+        """Read the old weights and slots, write the new, which lie elsewhere; all are 1-D of one length and dtype.
+
+        ``gradient * scale`` is the mean gradient; ``count`` is the number of this update, from 1.
+        """
+        if self._scratch.dtype != weights.dtype or not self._scratch.size:
+            self._scratch = np.empty((2, STRETCH), weights.dtype)
+        rates = self._rates(float(scale), float(lr), count)
+        for at in range(0, len(weights), STRETCH):
+            part = slice(at, at + STRETCH)
+            w = weights[part]
+            t, u = self._scratch[0, : len(w)], self._scratch[1, : len(w)]
+            old, new = [s[part] for s in slots], [s[part] for s in new_slots]
+            self._stretch(w, gradient[part], old, new_weights[part], new, rates, t, u)
+
+    @abstractmethod
+    def _rates(self, scale: float, lr: float, count: int) -> tuple[float, ...]:
+        """The numbers of this update that every element shares."""
+
+    @abstractmethod
+    def _stretch(
+        self,
+        w: Array,
+        g: Array,
+        old: Sequence[Array],
+        new_w: Array,
+        new: Sequence[Array],
+        rates: tuple[float, ...],
+        t: Array,
+        u: Array,
+    ) -> None:
+        """Update a stretch; t and u are scratch."""
+
+
+class SGD(Optimizer):
+    """v' = momentum v + g; w' = w - lr v', or with Nesterov w' = w - lr (g + momentum v').
+
+    Weight decay goes into the gradient g.
+    """
+
+    def __init__(self, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> None:
+        super().__init__()
+        self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
+        self.slots = ("momentum",) if momentum else ()
+
+    def _rates(self, scale: float, lr: float, count: int) -> tuple[float, ...]:
+        return scale, lr
+
+    def _stretch(
+        self,
+        w: Array,
+        g: Array,
+        old: Sequence[Array],
+        new_w: Array,
+        new: Sequence[Array],
+        rates: tuple[float, ...],
+        t: Array,
+        u: Array,
+    ) -> None:
+        scale, lr = rates
+        mean = u if self.nesterov or not self.momentum else new[0]
+        np.multiply(g, scale, out=mean)
+        if self.weight_decay:
+            np.multiply(w, self.weight_decay, out=t)
+            np.add(mean, t, out=mean)
+        direction = mean
+        if self.momentum:
+            np.multiply(old[0], self.momentum, out=t)
+            np.add(mean, t, out=new[0])
+            direction = new[0]
+            if self.nesterov:
+                np.multiply(new[0], self.momentum, out=t)
+                np.add(mean, t, out=u)
+                direction = u
+        np.multiply(direction, lr, out=t)
+        np.subtract(w, t, out=new_w)
+
+
+class Adam(Optimizer):
+    """Adam (Kingma and Ba, 2015); ``decoupled`` makes it AdamW (Loshchilov and Hutter, 2019).
+
+    Weight decay goes into the gradient, or with AdamW straight into the weights, times lr.
+    """
+
+    slots = ("m", "v")
+
+    def __init__(
+        self,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+    ) -> None:
+        super().__init__()
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        self.weight_decay, self.decoupled = weight_decay, decoupled
+
+    def _rates(self, scale: float, lr: float, count: int) -> tuple[float, ...]:
+        first = 1.0 - power(self.beta1, count)
+        second = 1.0 - power(self.beta2, count)
+        return scale, lr / first, float(np.sqrt(second)), 1.0 - lr * self.weight_decay
+
+    def _stretch(
+        self,
+        w: Array,
+        g: Array,
+        old: Sequence[Array],
+        new_w: Array,
+        new: Sequence[Array],
+        rates: tuple[float, ...],
+        t: Array,
+        u: Array,
+    ) -> None:
+        scale, step, root, shrink = rates
+        m, v = new
+        np.multiply(g, scale, out=t)
+        if self.weight_decay and not self.decoupled:
+            np.multiply(w, self.weight_decay, out=u)
+            np.add(t, u, out=t)
+        np.multiply(old[0], self.beta1, out=m)
+        np.multiply(t, 1.0 - self.beta1, out=u)
+        np.add(m, u, out=m)
+        np.multiply(t, t, out=t)
+        np.multiply(t, 1.0 - self.beta2, out=t)
+        np.multiply(old[1], self.beta2, out=v)
+        np.add(v, t, out=v)
+        np.sqrt(v, out=t)
+        np.divide(t, root, out=t)
+        np.add(t, self.eps, out=t)
+        np.divide(m, t, out=t)
+        np.multiply(t, step, out=t)
+        if self.weight_decay and self.decoupled:
+            np.multiply(w, shrink, out=u)
+            w = u
+        np.subtract(w, t, out=new_w)
+
+
+def power(base: float, exponent: int) -> float:
+    """base ** exponent by repeated squaring: the same float on every machine, which pow() does not promise."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+def make_optimizer(settings: spec.Optimizer) -> Optimizer:
+    """The job's optimizer, without its schedule and clipping."""
+    if settings.type == "sgd":
+        return SGD(settings.momentum, settings.nesterov, settings.weight_decay)
+    return Adam(
+        settings.beta1,
+        settings.beta2,
+        settings.eps,
+        settings.weight_decay,
+        decoupled=settings.type == "adamw",
+    )

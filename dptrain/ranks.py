@@ -1,0 +1,116 @@
+"""How the ranks of one launch start together: rank 0 knows what to do, the others wait for its word.
+
+Neither numpy nor pydantic is imported before rank 0's word is known: the job says with which kernels numpy is to be
+loaded, and only one of the ranks pays for checking it.
+"""
+
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from dptrain import arithmetic
+from dptrain.errors import PeerFailed, exit_code
+from dptrain.job.spec import Job, plain, rebuild
+from dptrain.launch import Announced, refuse_size
+
+if TYPE_CHECKING:
+    from dptrain.chronicle import Observer
+    from dptrain.exchange.mpi import Mpi
+    from dptrain.training import Result
+
+
+def alone(job: Job, **options: Any) -> "Result":
+    """Train in this process, without MPI; ``options`` are training.run's."""
+    arithmetic.choose(job.arithmetic.kernels, job.arithmetic.threads)
+    from dptrain.training import run
+
+    return run(job, **options)
+
+
+class Leader:
+    """Rank 0 of a launch. Use it as a context: however it is left, the other ranks are told.
+
+    ``train`` trains with all of them; a context left without it, by an error or an exit, ends them with its code.
+    """
+
+    def __init__(self, place: Announced) -> None:
+        self._communicator = _connect(place)
+        self._waiting = True
+
+    def __enter__(self) -> "Leader":
+        return self
+
+    def train(
+        self,
+        job: Job,
+        *,
+        run_dir: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        observer: "Observer | None" = None,
+    ) -> "Result":
+        """Train a complete job with all ranks; see training.run."""
+        self._waiting = False
+        word = {"job": plain(job), "run_dir": None if run_dir is None else os.fspath(run_dir), "resume": resume}
+        self._communicator.broadcast_json(word, "starting")
+        return _train(self._communicator, job, run_dir=run_dir, resume=resume, observer=observer)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self._waiting:
+            self._waiting = False
+            self._communicator.broadcast_json({"code": _code(error)}, "leaving")
+
+
+def lead(place: Announced) -> Leader:
+    """Connect as rank 0. Raises LaunchError where MPI's world is not what the launcher announced."""
+    return Leader(place)
+
+
+def follow(place: Announced) -> int:
+    """Connect as another rank, do what rank 0 says, and return the exit code."""
+    communicator = _connect(place)
+    word = communicator.broadcast_json(None, "waiting for rank 0")
+    if "job" not in word:
+        return int(word["code"])
+    job = rebuild(Job, word["job"])
+    _train(communicator, job, run_dir=word["run_dir"], resume=word["resume"], observer=None)
+    return 0
+
+
+def _connect(place: Announced) -> "Mpi":
+    from dptrain.exchange.mpi import connect
+
+    communicator = connect()
+    refuse_size(place, communicator.size)
+    return communicator
+
+
+def _train(communicator: "Mpi", job: Job, **options: Any) -> "Result":
+    arithmetic.choose(job.arithmetic.kernels, job.arithmetic.threads)
+    from dptrain.training import run
+
+    try:
+        return run(job, communicator=communicator, **options)
+    except Exception as error:
+        observer = options["observer"]
+        if observer is not None:
+            observer.close()
+        if not communicator.agreed and not getattr(error, "everywhere", False):
+            # The others know nothing and wait; only ending them all is left.
+            traceback.print_exception(error)
+            sys.stderr.flush()
+            communicator.abort(exit_code(error))
+        # Whoever failed speaks last: all others have nothing more to say when they come here.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        communicator.barrier("leaving")
+        if getattr(error, "everywhere", False) and communicator.rank:
+            raise PeerFailed(0, 0, "all phases", exit_code(error)) from error
+        raise
+
+
+def _code(error: BaseException | None) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 0 if error is None else exit_code(error)
+

@@ -1,0 +1,107 @@
+"""The run directory: what one execution leaves behind, and how it is found again."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dptrain.checkpoint import write_durably
+from dptrain.errors import StorageError, UsageError
+
+JOB, JOURNAL, CHECKPOINTS, RESULT = "job.toml", "journal.jsonl", "checkpoints", "result.json"
+WEIGHTS, ENCODING, MODEL_SOURCE = "weights.safetensors", "encoding.json", "model.py"
+
+
+def fresh(runs: Path, name: str) -> Path:
+    """A new directory below ``runs``, named after the job and the time. Raises StorageError."""
+    stem = f"{_safe(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in range(1000):
+        path = runs / (stem if attempt == 0 else f"{stem}-{attempt + 1}")
+        if make(path):
+            return path
+    raise StorageError(str(runs / stem), expected="a free name", found="a thousand taken ones", cure="clean up")
+
+
+def make(path: Path) -> bool:
+    """Create a directory; False if it was there already. Raises StorageError where that can't be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise StorageError(
+            f"run directory {path}",
+            expected="to be created",
+            found=error.strerror or str(error),
+            cure="choose another place with --run-dir or output.runs",
+        ) from None
+    return True
+
+
+def claim(path: Path, *, resume: bool) -> Path:
+    """A directory of the user's choice, made if need be; one that holds a run already is only taken to resume it."""
+    made = make(path)
+    if not made and not path.is_dir():
+        raise StorageError(f"run directory {path}", expected="a directory", found="a file", cure="choose another")
+    if (path / JOURNAL).exists() and not resume:
+        raise UsageError(
+            f"run directory {path}",
+            expected="no run in it yet",
+            found=f"{JOURNAL} of an earlier one",
+            cure="go on with --resume, or choose another --run-dir",
+        )
+    if not os.access(path, os.W_OK):
+        raise StorageError(
+            f"run directory {path}", expected="leave to write", found="none", cure="choose another with --run-dir"
+        )
+    return path
+
+
+def newest(runs: Path, name: str) -> Path:
+    """The newest run of a job below ``runs``, for ``--resume`` without ``--run-dir``. Raises UsageError."""
+    found = [p for p in runs.glob(f"{_safe(name)}-*") if (p / JOURNAL).is_file()] if runs.is_dir() else []
+    if not found:
+        raise UsageError(
+            f"--resume of job {name!r}",
+            expected=f"a run of it below {runs}",
+            found="none",
+            cure="name it with --run-dir, or start without --resume",
+        )
+    return max(found, key=lambda p: (p / JOURNAL).stat().st_mtime_ns)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file whole or not at all. Raises StorageError."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises StorageError."""
+    try:
+        write_durably(path, text.encode())
+    except OSError as error:
+        raise StorageError(
+            str(path),
+            expected="to be written",
+            found=error.strerror or str(error),
+            cure="make room or make the folder writable, then go on with --resume",
+        ) from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a run. Raises StorageError."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise StorageError(
+            str(path), expected="a run's file", found=error.strerror or str(error), cure="name a finished run directory"
+        ) from None
+    except ValueError as error:
+        raise StorageError(str(path), expected="valid JSON", found=str(error), cure="restore the file") from None
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".") or "job"

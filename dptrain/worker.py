@@ -1,0 +1,269 @@
+"""The loop that every worker runs: batch, partials, swap, judge, observe.
+
+There is no test for a rank here and no transport: who does what is the exchange's and the observer's business.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from dptrain.errors import DptrainError, NonFiniteError, PeerFailed, WorkerCrashed, exit_code
+from dptrain.exchange.communicator import Communicator
+from dptrain.exchange.protocol import Exchange
+from dptrain.exchange.verdict import Report, Verdict
+from dptrain.layout import Array
+from dptrain.nn.accumulate import Accumulator, Loaded, Partials, schedule
+from dptrain.nn.evaluate import Evaluator, Rows
+from dptrain.rule import Rule
+from dptrain.state import State
+
+T = TypeVar("T")
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Reader(Protocol):
+    """Gives the rows of shards, reading ahead what is wanted next."""
+
+    def load(self, step: int, lo: int, hi: int, then: tuple[int, int, int] | None) -> Loaded:
+        """The rows of shards lo to hi of a step."""
+
+
+class Watcher(Protocol):
+    """Is told of every committed step; writes journals and checkpoints where that is its task."""
+
+    def stepped(self, state: State, verdict: Verdict) -> None:
+        """A step was committed (or passed over, where the verdict is not finite)."""
+
+    def evaluated(self, state: State, figures: dict[str, float], best: Array | None) -> None:
+        """The validation part was evaluated after this state; ``best`` is the best state's vector, if kept."""
+
+
+class StopRequest:
+    """Remembers the first signal that asks to end; the loop looks at it between steps."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within it, SIGINT, SIGTERM and SIGUSR1 finish the step instead of the process."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or number
+
+
+class Worker:
+    """One worker's part of a run. All workers of an exchange call ``run`` with the same state."""
+
+    def __init__(
+        self,
+        *,
+        accumulator: Accumulator,
+        evaluator: Evaluator,
+        exchange: Exchange,
+        reader: Reader,
+        rule: Rule,
+        validation: Rows,
+        watcher: Watcher,
+        stop: StopRequest,
+        skip_non_finite: bool,
+        keep_best: bool,
+    ) -> None:
+        self.accumulator = accumulator
+        self.evaluator = evaluator
+        self.exchange = exchange
+        self.reader = reader
+        self.rule = rule
+        self.validation = validation
+        self.watcher = watcher
+        self.stop = stop
+        self.skip_non_finite = skip_non_finite
+        self.keep_best = keep_best
+        self.best: Array | None = None
+        self.compute_seconds = 0.0
+        self.wait_seconds = 0.0
+        self.stopped_by = 0
+        self._pending: Exception | None = None
+        self._plan = accumulator.schedule(*exchange.membership.mine)
+
+    def run(self, state: State) -> State:
+        """Train until the rule, or a signal that any worker got, ends it; returns the last committed state."""
+        with np.errstate(all="ignore"):
+            while not self.rule.done(state) and not self.stopped_by:
+                state, verdict = self.step(state)
+                self._watch(lambda s=state, v=verdict: self.watcher.stepped(s, v))  # type: ignore[misc]
+                if self.rule.evaluates(state):
+                    state = self.judge(state)
+        together(self.exchange.communicator, "the end of training", self._raise_pending)
+        return state
+
+    def step(self, state: State) -> tuple[State, Verdict]:
+        """One iteration. A failure here is told to all workers before it is raised."""
+        started = time.perf_counter()
+        failure: Exception | None = None
+        try:
+            self._raise_pending()
+            partials = self._partials(state)
+        except Exception as error:
+            failure, partials = error, self._nothing()
+        compute = time.perf_counter() - started
+        code = exit_code(failure) if failure else 0
+        report = Report(compute=compute, failure=code, signal=self.stop.signal)
+        with told(failure, self.exchange.communicator, state.step, "forward and backward"):
+            after, verdict = self.exchange.swap(state, partials, report)
+        self.compute_seconds += compute
+        self.wait_seconds += time.perf_counter() - started - compute
+        self.stopped_by = verdict.signal
+        if not verdict.finite and not self.skip_non_finite:
+            raise self._blame(state)
+        return after, verdict
+
+    def judge(self, state: State) -> State:
+        """Evaluate the validation part and remember what that decides."""
+        figures = self.evaluate(state.weights, self.validation, state.step)
+        judgement, improved = self.rule.judge(state.judgement, state.step, figures[self.rule.train.stop.metric])
+        state = replace(state, judgement=judgement)
+        if improved and self.keep_best:
+            if self.best is None:
+                self.best = state.weights.copy()
+            else:
+                np.copyto(self.best, state.weights)
+        self._watch(lambda: self.watcher.evaluated(state, figures, self.best))
+        return state
+
+    def evaluate(self, weights: Array, part: Rows, step: int) -> dict[str, float]:
+        """Loss and metrics over a part, the blocks shared among the workers, the same bits for any number."""
+        membership = self.exchange.membership
+        total = self.evaluator.blocks(part)
+        lo, hi = membership.share(membership.rank, total)
+        failure: Exception | None = None
+        rows = np.zeros((hi - lo, self.evaluator.width))
+        try:
+            with np.errstate(all="ignore"):
+                rows = self.evaluator.sums(weights, part, lo, hi)
+        except Exception as error:
+            failure = error
+        report = Report(failure=exit_code(failure) if failure else 0)
+        with told(failure, self.exchange.communicator, step, "evaluation"):
+            every = self.exchange.gather(rows, total, report, step, "evaluation")
+        return self.evaluator.report(every)
+
+    def _watch(self, action: Callable[[], None]) -> None:
+        """Let the watcher act; what it raises is told to all workers with the next step."""
+        try:
+            action()
+        except Exception as error:
+            self._pending = self._pending or error
+
+    def _raise_pending(self) -> None:
+        if self._pending is not None:
+            raise self._pending
+
+    def _partials(self, state: State) -> Partials:
+        lo, hi = self.exchange.membership.mine
+        k = self.accumulator.at_once
+        last = self.rule.total_steps - 1
+
+        def load(start: int, stop: int) -> Loaded:
+            if stop < hi:
+                then: tuple[int, int, int] | None = (state.step, stop, min(hi, stop + k))
+            else:
+                then = (state.step + 1, lo, min(hi, lo + k)) if state.step < last else None
+            return self.reader.load(state.step, start, stop, then)
+
+        return self.accumulator.accumulate(state.weights, self._plan, self.exchange.outbox, state.step, load)
+
+    def _nothing(self) -> Partials:
+        m = len(self._plan.nodes)
+        return Partials(self._plan.nodes, self.exchange.outbox[:m], np.zeros((m, 3)))
+
+    def _blame(self, state: State) -> NonFiniteError:
+        """Find the first shard, and the tensor in it, whose gradient or loss is not finite, among all workers."""
+        shards = self.accumulator.shards
+        mine = [self._first_not_finite(state, shard) for shard in range(*self.exchange.membership.mine)]
+        found = [place for place in mine if place is not None]
+        places = self.exchange.communicator.allgather_json(found[:1], "non-finite gradient")
+        everywhere = sorted((shard, rank, what) for rank, some in enumerate(places) for shard, what in some)
+        shard, rank, what = everywhere[0] if everywhere else (shards, 0, "their sum, though every shard's is finite")
+        place = f"shard {shard}" if everywhere else "all shards"
+        error = NonFiniteError(
+            f"rank {rank} at step {state.step}, {place}, {what}",
+            expected="a finite gradient",
+            found="NaN or infinity",
+            cure='lower optimizer.lr, set optimizer.clip_norm, look at the data, or set train.non_finite = "skip"',
+        )
+        error.everywhere = True
+        return error
+
+    def _first_not_finite(self, state: State, shard: int) -> tuple[int, str] | None:
+        plan = schedule(shard, shard + 1, self.accumulator.shards, 1)
+        load: Callable[[int, int], Loaded] = lambda lo, hi: self.reader.load(state.step, lo, hi, None)  # noqa: E731
+        partials = self.accumulator.accumulate(state.weights, plan, self.exchange.outbox, state.step, load)
+        for name, tensor in self.accumulator.model.layout.views(partials.vectors[0]).items():
+            if not np.isfinite(tensor).all():
+                return shard, f"gradient of {name}"
+        return None if np.isfinite(partials.tallies).all() else (shard, "loss")
+
+
+@contextmanager
+def told(failure: Exception | None, communicator: Communicator, step: int, phase: str) -> Iterator[None]:
+    """Around a collective call that tells the others of one's own failure: afterwards the failure is raised.
+
+    Only the lowest rank that failed raises its own; all others leave quietly with PeerFailed.
+    """
+    try:
+        yield
+    except PeerFailed as peer:
+        communicator.agreed = True
+        if peer.rank != communicator.rank or failure is None:
+            raise
+    if failure is not None:
+        raise named(failure, communicator.rank, step, phase) from failure
+
+
+def together(communicator: Communicator, phase: str, action: Callable[[], T]) -> T:
+    """Do something on every worker that may fail on some: either all go on, or all leave.
+
+    The lowest rank that fails raises its own error, the others PeerFailed.
+    """
+    failure: Exception | None = None
+    value: T | None = None
+    try:
+        value = action()
+    except Exception as error:
+        failure = error
+    with told(failure, communicator, 0, phase):
+        for rank, code in enumerate(communicator.allgather_json(exit_code(failure) if failure else 0, phase)):
+            if code:
+                raise PeerFailed(rank, 0, phase, code)
+    return value  # type: ignore[return-value]
+
+
+def named(failure: Exception, rank: int, step: int, phase: str) -> DptrainError:
+    """A failure as the one line that says who, where, at which step, in which phase, and why."""
+    if isinstance(failure, DptrainError):
+        return failure
+    why = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
+    return WorkerCrashed(
+        f"rank {rank} at step {step} in {phase}",
+        expected="no exception",
+        found=why,
+        cure="its traceback tells where",
+    )
