@@ -285,8 +285,8 @@ def _write_tensors(path: Path, groups: Mapping[str, Array], layout: Layout) -> s
         total = 8 + len(text) + at
         if hasattr(os, "posix_fallocate") and total:
             os.posix_fallocate(file.fileno(), 0, total)
-        vectors = [memoryview(vector.view(np.uint8)) for vector in groups.values()]
-        for piece in (len(text).to_bytes(8, "little"), text, *vectors):
+        pieces: list[Any] = [len(text).to_bytes(8, "little"), text, *(v.view(np.uint8) for v in groups.values())]
+        for piece in pieces:
             file.write(piece)
             checksum.update(piece)
         file.flush()

@@ -28,6 +28,10 @@ class Rows:
     rows: Array
     counts: tuple[int, ...]
 
+    def first(self, k: int) -> "Rows":
+        """The rows of the first k shards."""
+        return Rows(self.x[:k], self.y[:k], self.rows[:k], self.counts[:k])
+
     def only(self, j: int) -> "Rows":
         """The rows of one of the shards."""
         return Rows(self.x[j : j + 1], self.y[j : j + 1], self.rows[j : j + 1], self.counts[j : j + 1])

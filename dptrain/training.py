@@ -200,8 +200,7 @@ class _Run:
         with np.errstate(all="ignore"):
             found = probe(accumulator, self.evaluator, self.update, self.start, a.sample, a.rows_per_shard)
         lo, hi = self.membership.mine
-        a_shard = max(1, accumulator.workspace.nbytes // 2)
-        accumulator.at_once = max(1, min(hi - lo, ACTIVATIONS // a_shard)) if found.together else 1
+        accumulator.at_once = at_once(accumulator, hi - lo) if found.together else 1
         self.arithmetic = arithmetic.describe(self.job.arithmetic.kernels, self.job.arithmetic.threads)
         return accumulator, found
 
@@ -284,6 +283,7 @@ class _Run:
                 updates=header["updates"],
                 judgement=checkpoint.judgement_of(header),
             )
+        del self.start
         return state
 
     def _open(self) -> Path:
@@ -451,6 +451,12 @@ class _Run:
             "wait_seconds": round(worker.wait_seconds, 4),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+
+
+def at_once(accumulator: Accumulator, own: int) -> int:
+    """How many of its ``own`` shards a worker takes at once, judged by the memory that the pass before it took."""
+    a_shard = max(1, accumulator.workspace.nbytes // accumulator.at_once)
+    return max(1, min(own, ACTIVATIONS // a_shard))
 
 
 def _batches(a: Assembly) -> Batches:

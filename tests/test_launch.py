@@ -39,6 +39,14 @@ def test_what_a_launcher_announces(environ: dict[str, str], expected: Announced)
     assert launch.announced(environ) == expected
 
 
+@pytest.mark.parametrize("environ", [HYDRA, PRRTE, BATCH, STEP])
+def test_a_program_started_by_a_worker_is_none_itself(environ: dict[str, str]) -> None:
+    assert launch.without_launcher(environ | {"PATH": "/bin", "OMPI_MCA_osc": "mine"}) == {
+        "PATH": "/bin",
+        "OMPI_MCA_osc": "mine",
+    }
+
+
 def test_alone_is_nobody_to_talk_to() -> None:
     assert Announced(None, None, "").alone
     assert Announced(0, 1, "hydra").alone

@@ -98,13 +98,18 @@ def run(
     raise typer.Exit(train(asked, context.obj.place, context.obj.leader))
 
 
-@app.command(epilog="Example: [bold]dptrain check job.toml --set train.shards=4[/]")
-def check(job: JobFile = None, sets: Sets = None) -> None:
+@app.command(epilog="Example: [bold]dptrain check job.toml --set train.shards=4 -n 8[/]")
+def check(
+    context: typer.Context,
+    job: JobFile = None,
+    sets: Sets = None,
+    n: Annotated[int | None, typer.Option("-n", metavar="N", help="Plan for N workers.", min=1)] = None,
+) -> None:
     """Say what a job would do, without training: keys, layers, memory, and what its shards cost in speed."""
     from dptrain.cli.check import show
     from dptrain.job.load import load_job
 
-    show(load_job(_job_path(job), sets or (), os.environ))
+    show(load_job(_job_path(job), sets or (), os.environ), n or context.obj.place.size or 1)
 
 
 @app.command(epilog="Example: [bold]dptrain init && dptrain check[/]")

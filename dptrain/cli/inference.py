@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dptrain.cli.progress import pairs
-from dptrain.errors import DataError, StorageError
+from dptrain.errors import DataError, StorageError, UsageError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from dptrain.api import Trained
 
     Array = npt.NDArray[Any]
 
@@ -31,8 +33,25 @@ def predict(run: Path, data: Path, out: Path, classes: bool) -> None:
 
     trained = load(run)
     rows = _read(data)
-    _write(out, trained.classify(rows) if classes else trained.predict(rows))
+    _write(out, _classes(trained, rows) if classes else trained.predict(rows))
     print(f"{len(rows)} rows: {out}")
+
+
+def _classes(trained: "Trained", rows: "Array") -> "Array":
+    import numpy as np
+
+    target = trained.encoding.target
+    if target.kind != "classes":
+        raise UsageError(
+            "--classes",
+            expected="a model of classes",
+            found=f"one of {target.width} numbers a row",
+            cure="leave --classes out",
+        )
+    z = trained.predict(rows)
+    # A single output is the logit of the second of two classes.
+    likeliest: Array = (z[:, 0] > 0).astype(np.int64) if z.shape[1:] == (1,) else z.argmax(axis=-1)
+    return np.array(target.names)[likeliest] if target.names else likeliest
 
 
 def _read(path: Path) -> "Array":

@@ -55,6 +55,9 @@ class Silent:
         """The run has ended, at its goal or because it was asked to."""
         print("\n".join(closing(result, self.run_dir, self.resume)), file=self.out, flush=True)
 
+    def close(self) -> None:
+        """Leave the terminal as it was found; also after an error."""
+
 
 class Plain(Silent):
     """One ``key=value`` line at the start, at most one a second, and one for every evaluation."""
@@ -127,7 +130,8 @@ class Bar(Silent):
         self._next = now + 0.1
         figures: dict[str, Any] = {"loss": line.get("loss")}
         if self.width >= 80:
-            figures |= {key: value for key, value in self._evaluated.items() if key != "validation.loss"}
+            figures |= {key.replace("validation", "val"): value for key, value in self._evaluated.items()}
+            figures.pop("val.loss", None)
         if self.width >= 100:
             figures["samples/s"] = line.get("samples_per_second")
         self._progress.update(
@@ -150,7 +154,7 @@ class Bar(Silent):
         super().finished(result)
 
     def close(self) -> None:
-        """Leave the terminal as it was found, the cursor shown; also after an error."""
+        """See Silent."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -175,7 +179,9 @@ def _bar(console: "Console", width: int) -> "Progress":
         rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         columns.append(TextColumn("{task.fields[figures]}", table_column=rest))
     # Drawn by refresh() alone: a drawing thread would fight with the training for the interpreter.
-    return Progress(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+    return Progress(
+        *columns, console=console, auto_refresh=False, expand=True, redirect_stdout=False, redirect_stderr=False
+    )
 
 
 def _heading(info: Mapping[str, Any], name: bool = True) -> dict[str, Any]:

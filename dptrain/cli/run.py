@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from dptrain import launch
 from dptrain.cli import terminal
-from dptrain.cli.progress import Bar, Mode, observer
+from dptrain.cli.progress import Mode, observer
 
 
 class Request(NamedTuple):
@@ -51,8 +51,7 @@ def train(request: Request, place: launch.Announced, leader: Any) -> int:
         else:
             leader.train(job, **keywords)
     finally:
-        if isinstance(shown, Bar):
-            shown.close()
+        shown.close()
     return 0
 
 

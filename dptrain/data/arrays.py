@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from dptrain.data import cache
-from dptrain.data.raw import Raw, Request, Role, chunks, same_rows, written
+from dptrain.data.raw import Raw, Request, Role, chunks, checked, written
 from dptrain.data.store import Opened, Store, describe_npy, npy_header, shown, unreadable
 from dptrain.errors import DataError
 from dptrain.layout import Array
@@ -85,7 +85,7 @@ def read_folder(path: Path, request: Request) -> Raw:
         for file, digest in zip(used, digests, strict=True)
     ]
     place = shown(used[0], request.where)
-    return same_rows(Raw(place, stores[0], stores[1] if y_name else None, digests, label_name=y_name or "label"))
+    return checked(Raw(place, stores[0], stores[1] if y_name else None, digests, label_name=y_name or "label"))
 
 
 def c_order(store: Store, fortran: bool, folder: Path, digest: str) -> Store:
@@ -140,7 +140,7 @@ def read_npz(path: Path, request: Request) -> Raw:
             for name in (x_name, y_name)
             if name is not None
         ]
-    return same_rows(Raw(where, stores[0], stores[1] if y_name else None, (digest,), label_name=y_name or "label"))
+    return checked(Raw(where, stores[0], stores[1] if y_name else None, (digest,), label_name=y_name or "label"))
 
 
 def _member(archive: "ZipFile", info: "ZipInfo", where: str, digest: str, request: Request) -> Store:

@@ -20,6 +20,8 @@ from dptrain.errors import StorageError
 VERSION = "1"
 """Part of every key. To be raised whenever an entry's content changes its meaning."""
 
+_SIZES = "sizes.json"
+
 
 def locate(given: Path | None = None) -> Path:
     """The cache's folder: ``given``, $DPTRAIN_CACHE, $XDG_CACHE_HOME/dptrain, ~/.cache/dptrain or, last, a temporary.
@@ -68,16 +70,19 @@ def key(*parts: Any) -> str:
 
 
 def entry(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """The folder of the entry ``name``; where there is none, ``build`` fills a new one first."""
+    """The folder of the entry ``name``; where there is none, or a damaged one, ``build`` fills a new one first."""
     final = folder / name
-    if final.is_dir():
+    if _whole(final):
         return final
+    shutil.rmtree(final, ignore_errors=True)
     with writing(folder):
         final.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix="building-", dir=folder))
     try:
         build(building)
         with writing(folder):
+            sizes = {file.name: file.stat().st_size for file in building.iterdir()}
+            (building / _SIZES).write_text(json.dumps(sizes))
             try:
                 os.rename(building, final)
             except OSError:
@@ -86,6 +91,15 @@ def entry(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return final
+
+
+def _whole(made: Path) -> bool:
+    """Whether an entry still has every file that it was made with, in its size."""
+    try:
+        sizes = json.loads((made / _SIZES).read_text())
+        return all((made / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
 
 def room(folder: Path, nbytes: int) -> None:

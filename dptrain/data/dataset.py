@@ -92,7 +92,10 @@ class Part:
         self.rows_read += n
         source, out = self._source, x[:n]
         # mode="clip" spares a buffered copy; file_rows saw to it that no row is outside.
-        if self.encoding.direct and source.dtype == x.dtype:
+        if not source.flags.aligned:
+            # take would copy the whole file into alignment first.
+            self.encoding.write(source[rows], out, self._lookup)
+        elif self.encoding.direct and source.dtype == x.dtype:
             np.take(source, rows, axis=0, out=out, mode="clip")
             self.encoding.affine.apply(out, out)
         else:

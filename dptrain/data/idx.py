@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from dptrain.data import cache
-from dptrain.data.raw import Raw, Request, Role, same_rows, written
+from dptrain.data.raw import Raw, Request, Role, checked, written
 from dptrain.data.store import Store, check_shape, describe_npy, shown, unreadable
 from dptrain.errors import DataError
 from dptrain.layout import Array
@@ -55,7 +55,7 @@ def read_idx(path: Path, request: Request) -> Raw:
     shape = (*x.shape[1:], 1) if len(x.shape) == 3 else None
     pixels = 255.0 if x.dtype == "|u1" and len(x.shape) >= 3 else 0.0
     y = stores[1] if request.labelled else None
-    return same_rows(Raw(shown(images, request.where), x, y, tuple(digests), pixels=pixels, shape=shape))
+    return checked(Raw(shown(images, request.where), x, y, tuple(digests), pixels=pixels, shape=shape))
 
 
 def _labels_of(images: Path, where: str) -> Path:

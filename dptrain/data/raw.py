@@ -126,8 +126,10 @@ def written(folder: Path, name: str, dtype: npt.DTypeLike, sample: tuple[int, ..
         writer.close()
 
 
-def same_rows(raw: Raw) -> Raw:
-    """``raw`` itself; DataError where features and labels differ in their number of rows."""
+def checked(raw: Raw) -> Raw:
+    """``raw`` itself; DataError where features are no numbers, or labels are more or fewer than rows."""
+    if np.dtype(raw.x.dtype).kind not in "biuf":
+        raise DataError(raw.where, expected="numbers as features", found=raw.x.dtype, cure="convert the array")
     if raw.y is not None and raw.x.rows != raw.y.rows:
         raise DataError(
             raw.where,

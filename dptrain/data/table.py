@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.data import cache
-from dptrain.data.raw import Column, NpyWriter, Raw, Request, same_rows
+from dptrain.data.raw import Column, NpyWriter, Raw, Request, checked
 from dptrain.data.store import describe_npy, shown
 from dptrain.errors import DataError
 
@@ -126,7 +126,7 @@ def parsed(path: Path, request: Request, kind: str, parse: Callable[[Path, Path,
     rules = [list(data.features), data.label, data.delimiter, data.max_categories, request.labelled, known]
     made = cache.entry(request.cache, f"{kind}-" + cache.key(digest, rules), lambda into: parse(path, into, request))
     columns = tuple(column_of(plan) for plan in json.loads((made / "columns.json").read_text()))
-    return same_rows(
+    return checked(
         Raw(
             shown(path, request.where),
             describe_npy(made / "x.npy")[0],

@@ -31,7 +31,7 @@ ENVIRONMENT = {
     "OMPI_MCA_osc": "^ucx",
 }
 
-_POLLS_BEFORE_YIELD = 200
+_POLLS_BEFORE_YIELD = 1
 
 
 def vendor() -> str:

@@ -11,7 +11,10 @@ import numpy.typing as npt
 from dptrain.nn.layer import Array, LayerBackward, Pass
 
 CACHED = 1 << 20
-"""Bytes that several passes over the same elements may touch and still find them in a core's L2 cache."""
+"""Bytes that several passes over the same elements may touch and still find them in a core's L2 cache.
+
+A convolution's products are cut by it, so it is part of the bits.
+"""
 
 
 class Misfit(Exception):

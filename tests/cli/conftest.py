@@ -18,8 +18,8 @@ SHORT = {"DPTRAIN_TRAIN__EPOCHS": "2", "COLUMNS": "100"}
 
 def environment() -> dict[str, str]:
     """This process's, without what an outer launcher or job said, and fit for more workers than cores."""
-    foreign = ("PMI", "OMPI_COMM", "PRTE", "SLURM", "HYD", "MPI_LOCAL", "DPTRAIN_")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("DPTRAIN_")}
+    env = launch.without_launcher(env)
     return launch.needs(launch.library(), 8) | env | SHORT
 
 

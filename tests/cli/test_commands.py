@@ -117,7 +117,7 @@ def test_a_run_is_measured_and_applied(dptrain: Program, tmp_path: Path) -> None
     assert f"accuracy={figures['accuracy']:.4g}" in dptrain("eval", "a").stdout
 
     with np.load(Path(sys.modules["dptrain"].__file__ or "").parent / "data/embedded/digits.npz") as digits:
-        images, labels = digits["x"], digits["y"]
+        images, labels = digits["images"].reshape(-1, 64), digits["labels"]
     np.save(tmp_path / "x.npy", images[:200])
     done = dptrain("predict", "a", "--data", "x.npy", "--out", "y.npy", "--classes")
     assert done.returncode == 0, done.stderr
@@ -148,8 +148,16 @@ def test_check_shows_the_job_and_trains_nothing(dptrain: Program, tmp_path: Path
     # 64*256+256, 256*128+128, 128*10+10, and their sum.
     for count in ("16,640", "32,896", "1,290", "50,826"):
         assert count in done.stdout
-    assert "memory" in done.stdout
+    assert re.search(r"^memory: \d\S* MiB for one worker alone \(", done.stdout, re.MULTILINE)
+    assert re.search(r"^shards: 4 of 16 rows: [\d,]+ rows/s in one worker, \d+% of what", done.stdout, re.MULTILINE)
     assert not (tmp_path / "runs").exists()
+
+
+def test_check_plans_for_more_workers_than_shards(dptrain: Program) -> None:
+    done = dptrain("check", "--set", "train.shards=4", "-n", "6")
+    assert done.returncode == 0, done.stderr
+    assert "for each of 6 workers" in done.stdout
+    assert "of 6 workers 2 would stand by, train.shards changes that" in done.stdout
 
 
 def test_doctor_reports_and_its_code_says_whether_a_run_can_start(dptrain: Program, tmp_path: Path) -> None:

@@ -130,7 +130,9 @@ def test_the_launchers_terminal_gets_the_bar(
 
 
 def test_a_request_to_stop_reaches_the_workers(dptrain: Program, tmp_path: Path, env: dict[str, str]) -> None:
-    job = ["--set", "train.epochs=200", "--set", "output.journal_steps=1", "--run-dir", "cut"]
+    # A schedule whose length follows from the training's would make more steps another job.
+    keys = ["train.epochs=200", "output.journal_steps=1", "optimizer.schedule.type=constant"]
+    job = [*(word for key in keys for word in ("--set", key)), "--run-dir", "cut"]
     with subprocess.Popen(
         [*PROGRAM, "run", "-n", "2", *job],
         cwd=tmp_path,

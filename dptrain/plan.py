@@ -1,0 +1,209 @@
+"""What a job will be, before it is trained: its layers, the memory a worker needs, what its shards cost."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dptrain import arithmetic
+from dptrain.assemble import Assembly, assemble
+from dptrain.data.batches import Batches
+from dptrain.data.prepare import prepare
+from dptrain.fingerprint import Collected, Rows, Sample
+from dptrain.job.spec import Job
+from dptrain.layout import segments
+from dptrain.membership import Membership
+from dptrain.nn.chain import Chain, LayerSummary
+from dptrain.rule import Rule
+from dptrain.state import State, Store
+from dptrain.training import at_once
+
+_RESIDENT = """
+import os
+from dptrain.exchange.mpi import connect
+if {mpi}: connect()
+import dptrain.training
+from dptrain.job.load import load_job
+load_job(None)
+print(next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')))
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a job for a number of workers. ``memory`` is bytes by purpose, for the worker that needs most.
+
+    ``rows_per_second`` is measured for one worker: of ``shards`` shards, and of the whole batch as a single shard.
+    """
+
+    job: Job
+    workers: int
+    sample_shape: tuple[int, ...]
+    train_rows: int
+    validation_rows: int
+    test_rows: int
+    layers: list[LayerSummary]
+    parameters: int
+    steps_per_epoch: int
+    total_steps: int
+    shards: int
+    rows_per_shard: int
+    memory: dict[str, int]
+    rows_per_second: float
+    rows_per_second_one_shard: float
+
+    @property
+    def memory_total(self) -> int:
+        """Bytes a worker needs."""
+        return sum(self.memory.values())
+
+
+def plan(job: Job, *, workers: int = 1) -> Plan:
+    """The plan of a complete job. Reads the data, builds the model and computes a few made-up steps.
+
+    Raises DptrainError as training would.
+    """
+    prepared = prepare(job.data, directory=Path(job.directory), seed=job.seed, cache=None)
+    with arithmetic.limited(job.arithmetic.threads):
+        a = assemble(job, prepared)
+        train = a.job.train
+        batches = Batches(
+            a.dataset.train,
+            seed=job.seed,
+            batch_size=train.batch_size,
+            shards=a.shards,
+            shuffle=job.data.shuffle,
+            drop_last=train.drop_last,
+        )
+        rule = Rule(train, batches.steps_per_epoch, a.dataset.validation.rows > 0)
+        memory = _memory(a, workers, rule)
+        many, one = _speed(a)
+    layers = a.model.summary() if isinstance(a.model, Chain) else []
+    return Plan(
+        job=job,
+        workers=workers,
+        sample_shape=a.dataset.sample_shape,
+        train_rows=a.dataset.train.rows,
+        validation_rows=a.dataset.validation.rows,
+        test_rows=a.dataset.test.rows,
+        layers=layers,
+        parameters=a.model.layout.parameters,
+        steps_per_epoch=batches.steps_per_epoch,
+        total_steps=rule.total_steps,
+        shards=a.shards,
+        rows_per_shard=a.rows_per_shard,
+        memory=memory,
+        rows_per_second=many,
+        rows_per_second_one_shard=one,
+    )
+
+
+def _memory(a: Assembly, workers: int, rule: Rule) -> dict[str, int]:
+    membership = Membership(0, workers, a.shards)
+    layout, item = a.model.layout, a.dtype.itemsize
+    vector = layout.size * item
+    state = vector + len(a.optimizer.slots) * layout.parameters * item
+    accumulator = a.accumulator(2)
+    _step(a, accumulator, 2)
+    lo, hi = membership.mine
+    accumulator.at_once = at_once(accumulator, hi - lo)
+    _step(a, accumulator, accumulator.at_once)
+    schedule = accumulator.schedule(lo, hi)
+    evaluator = a.evaluator()
+    part = a.dataset.validation if a.dataset.validation.rows else a.dataset.test
+    blocks = min(evaluator.at_once, evaluator.blocks(part))
+    weights = np.zeros(layout.size, a.dtype)
+    if blocks:
+        with np.errstate(all="ignore"):
+            evaluator.sums(weights, part, 0, blocks)
+    sample = a.sample
+    row = np.dtype(sample.dtype).itemsize * int(np.prod(sample.shape)) + 8 * int(np.prod(sample.target_shape))
+    sets = 3 if a.dataset.train.mapped else 2
+    memory = {
+        "process": _resident(workers > 1),
+        "state": 2 * state,
+        "partials": max(1, schedule.slots) * vector,
+        "activations": accumulator.workspace.nbytes,
+        "evaluation": evaluator.workspace.nbytes,
+        "rows read": sets * accumulator.at_once * a.rows_per_shard * row,
+        "snapshot": state,
+    }
+    if workers > 1:
+        first = segments(layout.size, a.job.exchange.coordinators or workers)[-1]
+        foreign = sum(len(nodes) for nodes in membership.nodes[1:])
+        memory["exchange"] = vector + foreign * (first[1] - first[0]) * item
+    if a.job.train.result == "best":
+        memory["best"] = 2 * vector
+    return memory
+
+
+def _step(a: Assembly, accumulator: Any, k: int) -> None:
+    """One made-up forward and backward of k shards."""
+    weights = np.zeros(a.model.layout.size, a.dtype)
+    a.model.initialise(weights, a.job.seed)
+    rows = _made_up(a.sample, a, k, a.rows_per_shard)
+    sink = Collected(accumulator, k, a.dtype)
+    with np.errstate(all="ignore"):
+        accumulator.backward(a.model.layout.views(weights), rows, range(k), 0, sink)
+
+
+def _made_up(sample: Sample, a: Assembly, k: int, rows: int) -> Rows:
+    x = np.zeros((k, rows, *sample.shape), sample.dtype)
+    y = np.zeros((k, rows, *sample.target_shape), sample.target_dtype)
+    return Rows(x, y, np.ones((k, rows), a.dtype), (rows,) * k)
+
+
+def _speed(a: Assembly) -> tuple[float, float]:
+    """Rows a second of forward, backward and update in one worker: with the job's shards, and with a single one."""
+    batch = a.job.train.batch_size
+    weights = np.zeros(a.model.layout.size, a.dtype)
+    a.model.initialise(weights, a.job.seed)
+    update = a.update(1)
+    store = Store(a.model.layout, len(a.optimizer.slots), a.dtype)
+
+    def measured(shards: int, rows: int) -> Callable[[], None]:
+        accumulator = a.accumulator(1)
+        accumulator.shards = shards
+        accumulator.at_once = at_once(accumulator, shards)
+        schedule = accumulator.schedule(0, shards)
+        outbox = np.zeros((schedule.slots, a.model.layout.size), a.dtype)
+        state = State(0, 0, weights, store.slots(0), 0)
+        made_up = _made_up(a.sample, a, accumulator.at_once, rows)
+
+        def step() -> None:
+            accumulator.accumulate(weights, schedule, outbox, 0, lambda lo, hi: made_up.first(hi - lo))
+            update.apply(state, store, outbox[0], 0, a.model.layout.size, scale=1.0, rows=float(batch))
+
+        return step
+
+    with np.errstate(all="ignore"):
+        times = _interleaved([measured(a.shards, a.rows_per_shard), measured(1, batch)])
+    return batch / times[0], batch / times[1]
+
+
+def _interleaved(steps: list[Callable[[], None]], seconds: float = 0.6) -> list[float]:
+    """The fastest of the repetitions of each, taken in turns so that noise meets all alike."""
+    best = [float("inf")] * len(steps)
+    until = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 3 or time.perf_counter() < until:
+        for i, step in enumerate(steps):
+            started = time.perf_counter()
+            step()
+            if rounds:
+                best[i] = min(best[i], time.perf_counter() - started)
+        rounds += 1
+    return best
+
+
+def _resident(mpi: bool) -> int:
+    """Bytes of a worker that has loaded everything and holds nothing yet."""
+    done = subprocess.run(
+        [sys.executable, "-c", _RESIDENT.format(mpi=mpi)], capture_output=True, text=True, check=True, timeout=60
+    )
+    return int(done.stdout) * 1024
