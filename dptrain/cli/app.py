@@ -94,7 +94,7 @@ def run(
     """Train a job. Under mpirun this is one worker; with -n it starts mpirun itself; with neither it is alone."""
     from dptrain.cli.run import Request, train
 
-    asked = Request(_job_path(job), tuple(sets or ()), n, run_dir, resume, progress.value)
+    asked = Request(job, tuple(sets or ()), n, run_dir, resume, progress.value)
     raise typer.Exit(train(asked, context.obj.place, context.obj.leader))
 
 
@@ -107,9 +107,10 @@ def check(
 ) -> None:
     """Say what a job would do, without training: keys, layers, memory, and what its shards cost in speed."""
     from dptrain.cli.check import show
+    from dptrain.cli.run import job_path
     from dptrain.job.load import load_job
 
-    show(load_job(_job_path(job), sets or (), os.environ), n or context.obj.place.size or 1)
+    show(load_job(job_path(job), sets or (), os.environ), n or context.obj.place.size or 1)
 
 
 @app.command(epilog="Example: [bold]dptrain init && dptrain check[/]")
@@ -161,8 +162,3 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     findings = examine(os.environ)
     show(findings, as_json)
     raise typer.Exit(int(any(finding.stops for finding in findings)))
-
-
-def _job_path(path: Path | None) -> Path | None:
-    here = Path("dptrain.toml")
-    return here if path is None and here.exists() else path

@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DptrainError as error:
         tell(error, place)
         sys.exit(exit_code(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _worker(argv: list[str], place: launch.Announced) -> None:
@@ -39,6 +41,14 @@ def _worker(argv: list[str], place: launch.Announced) -> None:
 
 
 def _command_line(argv: list[str], place: launch.Announced, leader: object) -> None:
+    if argv in ([], ["run"]):
+        # Nothing to parse: the others wait for this rank, so it spares itself the parser.
+        from dptrain.cli.progress import MODES
+        from dptrain.cli.run import Request, train
+
+        mode = os.environ.get("DPTRAIN_PROGRESS") or "auto"
+        if mode in MODES:
+            sys.exit(train(Request(progress=mode), place, leader))
     from dptrain.cli.app import Context, app
 
     if not argv or (argv[0].startswith("-") and argv[0] not in _GLOBAL):

@@ -3,13 +3,14 @@
 Everything goes to stdout; warnings go to stderr where there is no bar.
 """
 
+import io
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -225,10 +226,39 @@ def _short(path: str) -> str:
     return relative if not relative.startswith("..") else str(Path(path))
 
 
+class Lasting(io.TextIOBase):
+    """A stream whose reader may leave: a run goes on unseen when `| head` has read enough."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
+
+    def write(self, text: str) -> int:
+        """See TextIOBase."""
+        try:
+            return self.out.write(text)
+        except BrokenPipeError:
+            self._lost()
+            return len(text)
+
+    def flush(self) -> None:
+        """See TextIOBase."""
+        try:
+            self.out.flush()
+        except BrokenPipeError:
+            self._lost()
+
+    def _lost(self) -> None:
+        # What is buffered still goes out at the end of the process; it must find somebody.
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nobody, self.out.fileno())
+        os.close(nobody)
+
+
 def observer(mode: Mode, width: int | None, resume: Sequence[str]) -> Silent:
     """The observer for a mode; ``width`` None means that stdout is no terminal."""
+    out = cast(TextIO, Lasting(sys.stdout))
     if mode == "none":
-        return Silent(sys.stdout, resume)
+        return Silent(out, resume)
     if mode == "bar" or (mode == "auto" and width is not None):
-        return Bar(sys.stdout, resume, width or 80)
-    return Plain(sys.stdout, resume)
+        return Bar(out, resume, width or 80)
+    return Plain(out, resume)

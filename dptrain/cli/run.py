@@ -12,12 +12,12 @@ from dptrain.cli.progress import Mode, observer
 class Request(NamedTuple):
     """What the command line asks for."""
 
-    job: Path | None
-    sets: tuple[str, ...]
-    n: int | None
-    run_dir: Path | None
-    resume: bool
-    progress: Mode
+    job: Path | None = None
+    sets: tuple[str, ...] = ()
+    n: int | None = None
+    run_dir: Path | None = None
+    resume: bool = False
+    progress: Mode = "auto"
 
     def argv(self, place: bool = True) -> list[str]:
         """The arguments that ask for the same again, without ``-n``; ``place`` False leaves out the run directory."""
@@ -40,7 +40,7 @@ def train(request: Request, place: launch.Announced, leader: Any) -> int:
         launch.refuse_batch_shell(os.environ)
     from dptrain.job.load import load_job
 
-    job = load_job(request.job, request.sets, os.environ)
+    job = load_job(job_path(request.job), request.sets, os.environ)
     shown = observer(request.progress, width, _again(request, place))
     keywords = {"run_dir": request.run_dir, "resume": request.resume, "observer": shown}
     try:
@@ -61,7 +61,7 @@ def _start(request: Request, width: int | None) -> int:
 
     assert request.n is not None
     # A wrong key is told here, once, before anything is started.
-    load_job(request.job, request.sets, os.environ)
+    load_job(job_path(request.job), request.sets, os.environ)
     mode = request.progress if request.progress != "auto" else "plain" if width is None else "bar"
     argv, env = launch.command(request.n, request.argv(), os.environ)
     env["DPTRAIN_PROGRESS"] = mode
@@ -72,3 +72,9 @@ def _again(request: Request, place: launch.Announced) -> list[str]:
     """The command line that began this run, without where it is kept."""
     started = place.size if place.rank is not None else None
     return ["dptrain", *request.argv(place=False), *(["-n", str(started)] if started else [])]
+
+
+def job_path(path: Path | None) -> Path | None:
+    """The job file that is meant where none is named: ./dptrain.toml if there is one, else the embedded job (None)."""
+    here = Path("dptrain.toml")
+    return here if path is None and here.exists() else path

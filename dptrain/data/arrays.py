@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from dptrain.data import cache
-from dptrain.data.raw import Raw, Request, Role, chunks, checked, written
+from dptrain.data.raw import Raw, Request, Role, checked, chunks, written
 from dptrain.data.store import Opened, Store, describe_npy, npy_header, shown, unreadable
 from dptrain.errors import DataError
 from dptrain.layout import Array

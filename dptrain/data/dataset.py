@@ -132,7 +132,7 @@ def open_part(plan: Mapping[str, Any], encoding: Encoding, seed: int, opened: di
     def opening(store_plan: Mapping[str, Any]) -> Opened:
         store = store_of(store_plan)
         if store not in opened:
-            opened[store] = Opened(store)
+            opened[store] = Opened(store, scattered=True)
         return opened[store]
 
     return Part(

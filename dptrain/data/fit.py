@@ -85,14 +85,8 @@ def fit(raw: Raw, y: Store, target: Target, data: spec.Data, rows: Mask | None, 
         label = moments(labels.reshape(len(labels), -1), rows, target.width).affine("standard")
     if raw.columns is not None:
         return _fit_table(raw, target, data, rows, rules, label)
-    shape = data.shape or raw.shape or raw.x.shape[1:] or (1,)
-    if math.prod(shape) != math.prod(raw.x.shape[1:]):
-        raise DataError(
-            f"{raw.where} with data.shape = {list(shape)}",
-            expected=f"{math.prod(shape)} values a row",
-            found=f"{math.prod(raw.x.shape[1:])}",
-            cure="correct data.shape",
-        )
+    stored = raw.x.shape[1:]
+    shape = _shaped(data.shape or raw.shape or stored or (1,), math.prod(stored), raw)
     kind, pixels = data.normalise, data.scale
     if kind == "auto":
         kind, pixels = ("scale", raw.pixels) if raw.pixels else ("none", 1.0)
@@ -100,7 +94,18 @@ def fit(raw: Raw, y: Store, target: Target, data: spec.Data, rows: Mask | None, 
     if kind in ("standard", "minmax"):
         affine = moments(Opened(raw.x).array, rows, shape[-1]).affine(kind)
     integer = np.dtype(raw.x.dtype).kind in "iu" and affine.identity
-    return Encoding(raw.x.shape[1:], tuple(shape), integer, target, affine, label, rules=rules)
+    return Encoding(raw.x.shape[1:], shape, integer, target, affine, label, rules=rules)
+
+
+def _shaped(shape: tuple[int, ...], width: int, raw: Raw) -> tuple[int, ...]:
+    if math.prod(shape) != width or not width:
+        raise DataError(
+            f"{raw.where} with data.shape = {list(shape)}",
+            expected=f"{math.prod(shape)} values a row",
+            found=f"{width}",
+            cure="correct data.shape",
+        )
+    return tuple(shape)
 
 
 def _fit_table(
@@ -138,15 +143,8 @@ def _fit_table(
         and all(columns[j].integer and fills[j] is None for j in numbers)
         and (not onehot or len(numbers) == len(columns))
     )
-    shape = data.shape or (width,)
-    if math.prod(shape) != width or not width:
-        raise DataError(
-            f"{raw.where} with data.shape = {list(shape)}",
-            expected=f"{math.prod(shape)} values a row",
-            found=f"{width} encoded columns",
-            cure="correct data.shape",
-        )
-    return Encoding((len(columns),), tuple(shape), integer, target, affine, label, features, onehot, rules)
+    shape = _shaped(data.shape or (width,), width, raw)
+    return Encoding((len(columns),), shape, integer, target, affine, label, features, onehot, rules)
 
 
 def _fills(

@@ -15,6 +15,8 @@ from dptrain.errors import DataError
 from dptrain.layout import Array
 
 LONGEST_HEADER = 10_000
+LARGE = 1 << 28
+"""Bytes of a file above which the system is told not to read ahead around scattered rows: a page each is enough."""
 EMBEDDED = {"digits": "digits.npz"}
 
 
@@ -62,9 +64,12 @@ def store_of(plan: Mapping[str, Any]) -> Store:
 
 
 class Opened:
-    """A store opened for reading: ``array`` is a read-only view of its rows; ``mapped`` tells a file from memory."""
+    """A store opened for reading: ``array`` is a read-only view of its rows; ``mapped`` tells a file from memory.
 
-    def __init__(self, store: Store) -> None:
+    ``scattered`` says that rows will be read in random order.
+    """
+
+    def __init__(self, store: Store, *, scattered: bool = False) -> None:
         self.store = store
         self.mapped = not store.path.startswith("embedded:")
         self._map: mmap.mmap | None = None
@@ -77,6 +82,8 @@ class Opened:
         except (OSError, ValueError) as error:
             raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), store.path) from error
         self.check()
+        if scattered and store.size > LARGE and hasattr(mmap, "MADV_RANDOM"):
+            self._map.madvise(mmap.MADV_RANDOM)
         count = math.prod(store.shape)
         flat = np.frombuffer(self._map, dtype=store.dtype, count=count, offset=store.offset)
         self.array = flat.reshape(store.shape)

@@ -131,14 +131,15 @@ def test_a_run_is_measured_and_applied(dptrain: Program, tmp_path: Path) -> None
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("content", [b"", b"x,y\n1,2\n", b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fort"])
-def test_a_file_that_is_no_npy_is_refused(dptrain: Program, tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_npy_is_refused(dptrain: Program, tmp_path: Path) -> None:
     assert dptrain("run", "--run-dir", "a", "--set", "train.steps=1").returncode == 0
-    (tmp_path / "x.npy").write_bytes(content)
-    done = dptrain("predict", "a", "--data", "x.npy", "--out", "y.npy")
-    assert done.returncode == 2
-    assert done.stderr.startswith("dptrain: x.npy: expected ")
-    assert not (tmp_path / "y.npy").exists()
+    for content in (b"", b"x,y\n1,2\n", b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fort"):
+        (tmp_path / "x.npy").write_bytes(content)
+        done = dptrain("predict", "a", "--data", "x.npy", "--out", "y.npy")
+        assert done.returncode == 2, content
+        assert done.stderr.startswith("dptrain: x.npy: expected ")
+        assert done.stderr.count("\n") == 1
+        assert not (tmp_path / "y.npy").exists()
 
 
 def test_check_shows_the_job_and_trains_nothing(dptrain: Program, tmp_path: Path) -> None:
@@ -176,8 +177,26 @@ def test_doctor_reports_and_its_code_says_whether_a_run_can_start(dptrain: Progr
     assert re.search(r"^STOP  mpirun on PATH .*\n.*does not belong to.*\n.*cure: ", bad.stdout, re.MULTILINE)
 
 
+def test_a_run_goes_on_when_its_reader_leaves(tmp_path: Path, env: dict[str, str]) -> None:
+    with subprocess.Popen(
+        [*PROGRAM, "run", "--run-dir", "a"],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        told = process.stderr.read()
+    assert (process.returncode, told) == (0, "")
+    assert json.loads((tmp_path / "a/result.json").read_text())["state"] == "done"
+
+
 def test_a_stopped_run_goes_on_to_the_same_weights(dptrain: Program, tmp_path: Path, env: dict[str, str]) -> None:
-    job = ["--set", "train.epochs=30", "--progress", "plain", "--set", "output.journal_steps=1"]
+    job = ["--set", "train.epochs=15", "--progress", "plain", "--set", "output.journal_steps=1"]
     whole = dptrain("run", *job, "--run-dir", "whole")
     with subprocess.Popen(
         [*PROGRAM, "run", *job, "--run-dir", "cut"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True

@@ -156,10 +156,10 @@ def test_too_many_classes_are_probably_numbers(bench):
 
 
 def test_a_gzip_bomb_is_refused(bench):
-    (bench.folder / "data.csv.gz").write_bytes(gzip.compress(b"a,y\n" + b"0,0\n" * 500_000))
-    with pytest.raises(DataError, match="expected no more bytes unpacked than data.max_bytes"):
+    (bench.folder / "data.csv.gz").write_bytes(gzip.compress(b"a,y\n" + b"0,0\n" * 50_000))
+    with pytest.raises(DataError, match="expected no more bytes unpacked than"):
         bench.plan("data.csv.gz", max_bytes=100_000)
-    assert bench.open("data.csv.gz").train.rows == 400_000
+    assert bench.open("data.csv.gz").train.rows == 40_000
 
 
 @pytest.mark.parametrize("cut", [4, -4])

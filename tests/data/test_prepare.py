@@ -172,21 +172,46 @@ def sparse(path, shape, dtype, header=256):
 
 
 @pytest.mark.parametrize(("dtype", "header"), [("<f4", 256), (">f8", 256), ("<f4", 257)])
-def test_a_billion_rows_need_no_index_and_no_copy(tmp_path, dtype, header):
-    n = 10**9
+def test_reading_copies_only_the_rows_asked_for(tmp_path, dtype, header):
+    n = 10**6
     x, y = sparse(tmp_path / "x.npy", (n, 2), dtype, header), sparse(tmp_path / "y.npy", (n,), "|u1")
     encoding = Encoding((2,), (2,), False, Target("classes", 2, 1, ("0", "1")), Affine((3.0,), (2.0,)))
-    out = np.zeros((1000, 2), np.float32), np.ones(1000, np.int64)
-    tracemalloc.start()
+    out = np.zeros((100, 2), np.float32), np.ones(100, np.int64)
     part = Part(x, y, encoding, rows=n // 2, start=7, permutation=Permutation(n, 1, Purpose.SPLIT))
+    tracemalloc.start()
+    part.read(np.arange(n // 2 - 100, n // 2), *out)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200_000  # the file has 8 or 16 million bytes
+    assert (out[0] == -6).all()
+    assert (out[1] == 0).all()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="the system doesn't tell how files are mapped")
+@pytest.mark.parametrize(("limit", "scattered"), [(1 << 10, True), (1 << 28, True), (1 << 10, False)])
+def test_scattered_rows_of_a_large_file_are_read_without_their_neighbours(tmp_path, monkeypatch, limit, scattered):
+    monkeypatch.setattr("dptrain.data.store.LARGE", limit)
+    store = sparse(tmp_path / "x.npy", (1000, 2), "<f4").store
+    opened = Opened(store, scattered=scattered)
+    assert opened.array[999, 1] == 0
+    with open("/proc/self/smaps") as maps:
+        own = maps.read().split(store.path)[1]
+    flags = own[own.index("VmFlags:") :].splitlines()[0].split()
+    assert ("rr" in flags) == (scattered and limit < 8_000)  # rr: random reads were announced
+
+
+def test_a_billion_rows_need_no_index(tmp_path):
+    n = 10**9
+    x, y = sparse(tmp_path / "x.npy", (2, 1), "<f4"), sparse(tmp_path / "y.npy", (2,), "|u1")
+    encoding = Encoding((1,), (1,), False, Target("classes", 2, 1, ("0", "1")))
+    tracemalloc.start()
+    part = Part(x, y, encoding, rows=n // 2, start=n // 4, permutation=Permutation(n, 1, Purpose.SPLIT))
     rows = part.file_rows(np.arange(n // 2 - 1000, n // 2))
-    part.read_rows(rows, *out)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000
-    assert len(np.unique(rows)) == 1000
-    assert (out[0] == -6).all()
-    assert (out[1] == 0).all()
+    truth = Permutation(n, 1, Purpose.SPLIT).at(np.arange(3 * n // 4 - 1000, 3 * n // 4))
+    np.testing.assert_array_equal(rows, truth)
 
 
 def test_where_the_cache_lies(tmp_path, monkeypatch):
