@@ -111,19 +111,21 @@ class Update:
     def squares(self, gradient: Array, lo: int, hi: int) -> npt.NDArray[np.float64]:
         """The squared norm of each block of the parameters from lo to hi, in float64; NaN or inf where not finite.
 
-        Where nothing is clipped the norm isn't wanted, and 0 stands for finite.
+        Where nothing is clipped the norm isn't wanted: 0 stands for finite, and the screening is one product.
         """
         hi = min(hi, self.layout.parameters)
         found = np.zeros(max(0, -(-(hi - lo) // BLOCK)))
+        if not self.clip_norm:
+            part = gradient[lo:hi] if lo < hi else gradient[:0]
+            if not np.isfinite(np.dot(part, part)) and not np.isfinite(part).all():
+                found[:] = np.nan
+            return found
         for i in range(len(found)):
             start = lo + i * BLOCK
             block = gradient[start : min(hi, start + BLOCK)]
-            if self.clip_norm:
-                wide = self._wide[: len(block)]
-                wide[:] = block
-                found[i] = np.dot(wide, wide)
-            elif not np.isfinite(np.dot(block, block)) and not np.isfinite(block).all():
-                found[i] = np.nan
+            wide = self._wide[: len(block)]
+            wide[:] = block
+            found[i] = np.dot(wide, wide)
         return found
 
     def apply(

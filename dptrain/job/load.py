@@ -38,12 +38,12 @@ EMBEDDED: dict[str, Any] = {
     },
     "optimizer": {
         "type": "sgd",
-        "lr": 0.1,
+        "lr": 0.2,
         "momentum": 0.9,
         "weight_decay": 1e-4,
         "schedule": {"type": "cosine"},
     },
-    "train": {"batch_size": 64, "epochs": 40},
+    "train": {"batch_size": 128, "epochs": 30},
 }
 """The job that plain ``dptrain`` runs where there is no dptrain.toml."""
 

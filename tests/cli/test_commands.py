@@ -143,7 +143,7 @@ def test_a_file_that_is_no_npy_is_refused(dptrain: Program, tmp_path: Path) -> N
 
 
 def test_check_shows_the_job_and_trains_nothing(dptrain: Program, tmp_path: Path) -> None:
-    done = dptrain("check", "--set", "train.shards=4")
+    done = dptrain("check", "--set", "train.shards=4", "--set", "train.batch_size=64")
     assert done.returncode == 0, done.stderr
     assert "shards = 4" in done.stdout
     # 64*256+256, 256*128+128, 128*10+10, and their sum.
