@@ -63,16 +63,17 @@ def main() -> None:
     """Run the cases and write bench/results/steps.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=list(CASES), help=f"some of {', '.join(CASES)}")
+    parser.add_argument("--only", nargs="*", default=list(CONTESTANTS), help="some of the contestants")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repetitions of each (5)")
     arguments = parser.parse_args()
     report = {"machine": {"cpu": cpu(), "cores": os.cpu_count(), "python": platform.python_version()}, "cases": {}}
     for name in arguments.cases:
         case = CASES[name]
-        rates: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
+        rates: dict[str, list[float]] = {contestant: [] for contestant in arguments.only}
         losses: dict[str, float] = {}
         for _ in range(arguments.repeats):
-            for contestant, measure in CONTESTANTS.items():
-                found = measure(case)
+            for contestant in arguments.only:
+                found = CONTESTANTS[contestant](case)
                 rates[contestant].append(found["samples_per_second"])
                 losses[contestant] = found["loss"]
         report["cases"][name] = table(case, rates, losses)

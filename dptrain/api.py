@@ -1,24 +1,30 @@
 """dptrain from Python: train a job, load what a run left."""
 
 import os
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dptrain import rundir
+from dptrain import arithmetic, ranks, rundir
 from dptrain.chronicle import Observer
 from dptrain.data.encoding import Encoding, encoding_of
-from dptrain.errors import StorageError
-from dptrain.exchange.communicator import Communicator
+from dptrain.errors import ModelError, StorageError
 from dptrain.job.load import check, complete, load_job
 from dptrain.job.spec import Job, plain
 from dptrain.layout import Array
 from dptrain.nn.layer import Model, Pass, Workspace
 from dptrain.training import Result, run
 
+if TYPE_CHECKING:
+    from dptrain.exchange.mpi import Mpi
+
 __all__ = ["Job", "Result", "Trained", "load", "train"]
+
+_MODELS = ("layers", "python")
 
 JobLike = Job | Mapping[str, Any] | str | os.PathLike[str]
 
@@ -37,9 +43,10 @@ def train(
     and train together. ``model`` is an object of the user's own with the interface of ``dptrain.nn.own.OwnModel``.
     Raises DptrainError, whose message is one sentence with the cure.
     """
-    return run(
-        _job(job), model=model, run_dir=run_dir, resume=resume, observer=observer, communicator=_communicator()
-    )
+    checked = _job(job, model is not None)
+    options: dict[str, Any] = {"model": model, "run_dir": run_dir, "resume": resume, "observer": observer}
+    communicator = _communicator()
+    return run(checked, **options) if communicator is None else ranks.train(communicator, checked, **options)
 
 
 class Trained:
@@ -61,24 +68,32 @@ class Trained:
     def predict(self, x: Any) -> Array:
         """The model's output for raw rows (n, ...) as in the data's source: logits, or numbers in their own unit."""
         encoded = self.encoding.encode(x, self.weights.dtype)
-        z = self._forward(encoded)
+        with self._arithmetic():
+            z = self._forward(encoded)
         return self.encoding.decode_target(z)
 
     def evaluate(self, data: str | os.PathLike[str] | None = None) -> dict[str, float]:
         """Loss and metrics on a file of the source's format, or on the run's own test part (None)."""
-        from dptrain.assemble import assemble
+        from dptrain.assemble import build_evaluator
+        from dptrain.data.dataset import open_dataset
         from dptrain.data.prepare import prepare
         from dptrain.data.unseen import open_for_evaluation
 
-        plan = prepare(self.job.data, directory=Path(self.job.directory), seed=self.job.seed, cache=None)
-        assembly = assemble(self.job, plan)
-        parts = assembly.dataset
-        part = parts.test if parts.test.rows else parts.validation
-        if data is not None:
-            part = open_for_evaluation(Path(data), self.encoding.plan())
-        evaluator = assembly.evaluator()
-        with np.errstate(all="ignore"):
+        if data is None:
+            prepared = prepare(self.job.data, directory=Path(self.job.directory), seed=self.job.seed, cache=None)
+            parts = open_dataset(prepared)
+            part = parts.test if parts.test.rows else parts.validation
+        else:
+            part = open_for_evaluation(Path(data), {"encoding": self.encoding.plan()})
+        evaluator = build_evaluator(self.job, self.model, self.encoding)
+        with self._arithmetic():
             return evaluator.report(evaluator.sums(self.weights, part, 0, evaluator.blocks(part)))
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """As while training: the same number of threads gives the same bits, and an overflow is only a number."""
+        with arithmetic.limited(self.job.arithmetic.threads), np.errstate(all="ignore"):
+            yield
 
     def _forward(self, x: Array) -> Array:
         rows = self.job.train.evaluate_rows
@@ -88,9 +103,7 @@ class Trained:
         for lo in range(0, len(x), rows):
             some = x[lo : lo + rows]
             ones = np.ones((1, len(some)), self.weights.dtype)
-            run = Pass(
-                training=False, seed=0, step=0, shards=[0], rows=ones, counts=[len(some)], workspace=workspace
-            )
+            run = Pass(training=False, seed=0, step=0, shards=[0], rows=ones, counts=[len(some)], workspace=workspace)
             found[lo : lo + rows] = self.model.forward(tensors, some[None], run)[0][0]
         return found
 
@@ -101,12 +114,24 @@ def load(run_dir: str | os.PathLike[str], *, model: Any = None) -> Trained:
 
     path = Path(run_dir)
     result = rundir.read_json(path / rundir.RESULT)
-    job = load_job(path / rundir.JOB)
+    job = _job_of(path, model is not None)
     encoding = encoding_of(rundir.read_json(path / rundir.ENCODING))
     if job.model.python and model is None:
         job = _with_kept_source(job, path)
     built, _ = build_model(job, encoding.sample_shape, np.dtype(job.train.dtype), model)
     return Trained(path, job, result, built, encoding)
+
+
+def _job_of(path: Path, own_model: bool) -> Job:
+    job = path / rundir.JOB
+    if not own_model and not any(tomllib.loads(rundir.read_text(job)).get("model", {}).get(k) for k in _MODELS):
+        raise ModelError(
+            f"run {path}",
+            expected="the object it was trained with",
+            found="none",
+            cure="load it from Python with dptrain.load(run_dir, model=...)",
+        )
+    return load_job(job, own_model=own_model)
 
 
 def _with_kept_source(job: Job, path: Path) -> Job:
@@ -119,30 +144,36 @@ def _with_kept_source(job: Job, path: Path) -> Job:
 
 
 def _weights(path: Path, model: Model) -> Array:
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         tensors = load_file(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StorageError(
             str(path), expected="the weights of a finished run", found=str(error), cure="finish the run with --resume"
         ) from None
-    vector: Array = np.zeros(model.layout.size, next(iter(tensors.values())).dtype)
-    for name, view in model.layout.views(vector).items():
+    vector: Array = np.zeros(model.layout.size, model.dtype)
+    views = model.layout.views(vector)
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    wanted = {name: view.shape for name, view in views.items()}
+    if found != wanted:
+        raise ModelError(str(path), expected=f"tensors {wanted}", found=f"{found}", cure="give the model of that run")
+    for name, view in views.items():
         view[...] = tensors[name]
     return vector
 
 
-def _job(job: JobLike) -> Job:
+def _job(job: JobLike, own_model: bool) -> Job:
     if isinstance(job, (str, os.PathLike)):
-        return load_job(Path(job))
+        return load_job(Path(job), own_model=own_model)
     content = dict(plain(job) if isinstance(job, Job) else job)
     directory = content.pop("directory", ".")
-    checked = complete(check(content, "the job"))
+    checked = complete(check(content, "the job"), own_model=own_model)
     return Job(**{**{name: getattr(checked, name) for name in checked.__dataclass_fields__}, "directory": directory})
 
 
-def _communicator() -> Communicator | None:
+def _communicator() -> "Mpi | None":
     from dptrain.launch import announced, library, refuse_mismatch, refuse_size
 
     place = announced(os.environ)
@@ -154,5 +185,3 @@ def _communicator() -> Communicator | None:
     communicator = connect()
     refuse_size(place, communicator.size)
     return communicator
-
-

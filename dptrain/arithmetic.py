@@ -6,6 +6,7 @@ machine with AVX2 has, so that all such machines agree with the same numpy build
 
 import os
 import platform
+import resource
 import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -70,6 +71,16 @@ def describe(kernels: str, threads: int) -> dict[str, Any]:
         "blas": f"{blas.get('name', '?')} {blas.get('version', '?')}",
         "machine": platform.machine(),
     }
+
+
+def peak_memory() -> int:
+    """The most bytes this program has had in memory so far."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        # Elsewhere; on Linux it would count what the program that started this one had.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _numpy_features() -> set[str]:

@@ -1,5 +1,6 @@
 """From a job and its prepared data to what computes: model, loss, metrics, optimizer, evaluator."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from dptrain.data.dataset import Dataset, open_dataset
+from dptrain.data.encoding import Encoding
 from dptrain.errors import ModelError
 from dptrain.fingerprint import Sample
 from dptrain.job.spec import Job
 from dptrain.nn.accumulate import Accumulator, Loss
 from dptrain.nn.chain import build_chain
-from dptrain.nn.evaluate import Evaluator, Metric
+from dptrain.nn.evaluate import Evaluator
 from dptrain.nn.layer import Model
 from dptrain.nn.loss import make_loss
 from dptrain.nn.metrics import make_metrics
@@ -30,7 +32,6 @@ class Assembly:
     model: Model
     own_digest: str
     loss: Loss
-    metrics: list[Metric]
     optimizer: Optimizer
     dtype: np.dtype[Any]
     sample: Sample
@@ -46,22 +47,18 @@ class Assembly:
         """b, the same for every shard and step."""
         return -(-self.job.train.batch_size // self.shards)
 
+    @property
+    def unproved(self) -> bool:
+        """Whether the user says that shards don't meet in the model, and nobody has checked it."""
+        return isinstance(self.model, Own) and self.model.batched
+
     def accumulator(self, at_once: int) -> Accumulator:
         """A worker's forward and backward, ``at_once`` shards at a time."""
         return Accumulator(self.model, self.loss, seed=self.job.seed, shards=self.shards, at_once=at_once)
 
     def evaluator(self) -> Evaluator:
         """A worker's evaluation."""
-        return Evaluator(
-            self.model,
-            self.loss,
-            self.metrics,
-            sample=(self.sample.shape, self.sample.dtype),
-            target=(self.sample.target_shape, self.sample.target_dtype),
-            dtype=self.dtype,
-            rows=self.job.train.evaluate_rows,
-            decode=None if self.dataset.encoding.label.identity else self.dataset.encoding.decode_target,
-        )
+        return build_evaluator(self.job, self.model, self.dataset.encoding)
 
     def update(self, total_steps: int) -> Update:
         """The optimizer with its schedule over so many steps."""
@@ -75,21 +72,12 @@ def assemble(job: Job, plan: dict[str, Any], own_model: Any = None) -> Assembly:
     dataset = open_dataset(plan)
     dtype = np.dtype(job.train.dtype)
     target = dataset.target
-    classes = target.classes if target.kind == "classes" else 0
     model, own_digest = build_model(job, dataset.sample_shape, dtype, own_model)
     outputs = model.output_shape
     loss = make_loss(job.loss, target.kind, target.classes, target.width)
     _check_outputs(job, dataset, outputs)
-    binary = job.loss.type == "binary_cross_entropy"
-    sample = Sample(
-        shape=dataset.sample_shape,
-        dtype=np.dtype(np.int64) if dataset.integer else dtype,
-        target_shape=() if classes else (target.width,),
-        target_dtype=np.dtype(np.int64) if classes else dtype,
-        classes=2 if binary else classes,
-    )
-    metrics = make_metrics(job.loss, target.kind, target.width)
-    return Assembly(job, dataset, model, own_digest, loss, metrics, make_optimizer(job.optimizer), dtype, sample)
+    sample = _sample(job, dataset.encoding, dtype)
+    return Assembly(job, dataset, model, own_digest, loss, make_optimizer(job.optimizer), dtype, sample)
 
 
 def build_model(
@@ -97,11 +85,42 @@ def build_model(
 ) -> tuple[Model, str]:
     """The job's model for samples of a shape, and the digest of its source where it is the user's own."""
     if own_model is not None:
-        return Own(own_model, sample_shape, dtype), digest_of(own_model)
+        model = Own(own_model, sample_shape, dtype)
+        # The source says nothing of the sizes an object was made with.
+        shapes = repr(model.layout.describe()).encode()
+        return model, f"{digest_of(own_model)} {hashlib.sha256(shapes).hexdigest()}"
     if job.model.python:
         own, source_digest = load_python(job.model.python, Path(job.directory), dict(job.model.options))
         return Own(own, sample_shape, dtype), source_digest
     return build_chain(job.model.layers, sample_shape, dtype), ""
+
+
+def build_evaluator(job: Job, model: Model, encoding: Encoding) -> Evaluator:
+    """What evaluates a model of the job on rows of that encoding."""
+    target = encoding.target
+    sample = _sample(job, encoding, model.dtype)
+    return Evaluator(
+        model,
+        make_loss(job.loss, target.kind, target.classes, target.width),
+        make_metrics(job.loss, target.kind, target.width),
+        sample=(sample.shape, sample.dtype),
+        target=(sample.target_shape, sample.target_dtype),
+        dtype=model.dtype,
+        rows=job.train.evaluate_rows,
+        decode=None if encoding.label.identity else encoding.decode_target,
+    )
+
+
+def _sample(job: Job, encoding: Encoding, dtype: np.dtype[Any]) -> Sample:
+    target = encoding.target
+    classes = target.classes if target.kind == "classes" else 0
+    return Sample(
+        shape=encoding.sample_shape,
+        dtype=np.dtype(np.int64) if encoding.integer else dtype,
+        target_shape=() if classes else (target.width,),
+        target_dtype=np.dtype(np.int64) if classes else dtype,
+        classes=2 if job.loss.type == "binary_cross_entropy" else classes,
+    )
 
 
 def _check_outputs(job: Job, dataset: Dataset, outputs: tuple[int, ...]) -> None:

@@ -2,16 +2,17 @@
 
 A generation is a directory ``step-<n>`` with ``state.safetensors`` and ``manifest.json``. It is written under another
 name, flushed to the disk, read back, and renamed; several generations stay. The tensors lie in the file exactly as in
-the flat vectors, so the file is a header and the snapshot's own bytes (the format is safetensors', which is read back
-with its library, without pickle).
+the flat vectors, so the file is a header and the snapshot's own bytes, and is read without copying (the format is
+safetensors', so other programs read it too; there is no pickle).
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dptrain.state import Judgement, State
 FORMAT = 1
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 _DTYPES = {"float32": "F32", "float64": "F64"}
+_ASIDE = ".old"
 
 
 @dataclass
@@ -76,10 +78,14 @@ def save(folder: Path, snapshot: Snapshot, layout: Layout) -> Path:
         write_durably(writing / MANIFEST, json.dumps(manifest, indent=1).encode())
         if _sha256_of_file(writing / STATE) != checksum:
             raise OSError(f"{STATE} reads back differently from what was written")
-        target = folder / name
-        shutil.rmtree(target, ignore_errors=True)
+        target, aside = folder / name, folder / f"{name}{_ASIDE}"
+        if target.exists():
+            # Under this name it is still a generation, should the next rename never come.
+            shutil.rmtree(aside, ignore_errors=True)
+            target.rename(aside)
         writing.rename(target)
         flush_folder(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(writing, ignore_errors=True)
         raise StorageError(
@@ -101,14 +107,16 @@ def generations(folder: Path) -> list[Path]:
     """The generations of a run, newest first."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if p.name.startswith("step-")), reverse=True)
+    found = (p for p in folder.iterdir() if p.name.removeprefix("step-").removesuffix(_ASIDE).isdigit())
+    return sorted((p for p in found if p.name.startswith("step-")), key=lambda p: p.name.removesuffix(_ASIDE))[::-1]
 
 
 def clean(folder: Path) -> None:
     """Remove what a writer that died left unfinished."""
     if folder.is_dir():
         for entry in folder.iterdir():
-            if entry.name.startswith(".writing-"):
+            replaced = entry.name.endswith(_ASIDE) and entry.with_suffix("").exists()
+            if entry.name.startswith(".writing-") or replaced:
                 shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -118,20 +126,27 @@ def read(generation: Path, layout: Layout | None = None) -> Snapshot:
     if layout is not None and manifest["layout"] != layout.describe():
         raise _broken(generation, "the tensors of this job's model", "others", "resume with the job it was made by")
     try:
-        content = (generation / STATE).read_bytes()
+        content = np.fromfile(generation / STATE, np.uint8)
     except OSError as error:
         raise _broken(generation, f"a readable {STATE}", error.strerror or str(error)) from None
-    if "sha256:" + hashlib.sha256(content).hexdigest() != manifest["sha256"]:
+    if "sha256:" + hashlib.sha256(content.data).hexdigest() != manifest["sha256"]:
         raise _broken(generation, f"{STATE} with the manifest's checksum", "another")
-    from safetensors.numpy import load
+    return Snapshot(_groups(content, manifest["groups"]), manifest)
 
-    tensors = load(content)
-    names = [entry[0] for entry in manifest["layout"]]
-    groups = {}
-    for group in manifest["groups"]:
-        views = [tensors[f"{group}/{name}"] for name in names if f"{group}/{name}" in tensors]
-        groups[group] = np.concatenate([view.ravel() for view in views]) if views else np.zeros(0)
-    return Snapshot(groups, manifest)
+
+def _groups(content: Array, names: Iterable[str]) -> dict[str, Array]:
+    """The vectors of a whole file of ours, as views into its bytes."""
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8:start].tobytes())
+    dtypes = {letters: name for name, letters in _DTYPES.items()}
+    groups: dict[str, Array] = {}
+    for group in names:
+        tensors = [entry for name, entry in header.items() if name.startswith(f"{group}/")]
+        lo = min((entry["data_offsets"][0] for entry in tensors), default=0)
+        hi = max((entry["data_offsets"][1] for entry in tensors), default=0)
+        dtype = dtypes[tensors[0]["dtype"]] if tensors else "float32"
+        groups[group] = content[start + lo : start + hi].view(dtype)
+    return groups
 
 
 def read_manifest(generation: Path) -> dict[str, Any]:
@@ -140,30 +155,34 @@ def read_manifest(generation: Path) -> dict[str, Any]:
         manifest = json.loads((generation / MANIFEST).read_bytes())
         checksum = manifest.pop("manifest_sha256")
         whole = checksum == _sha256_of_json(manifest)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise _broken(generation, f"a readable {MANIFEST}", f"{type(error).__name__}") from None
     if not whole:
         raise _broken(generation, f"{MANIFEST} with its own checksum", "another")
-    if manifest["format"] != FORMAT:
-        raise _broken(
-            generation, f"format {FORMAT}", f"format {manifest['format']}", "use the version of dptrain that wrote it"
-        )
+    if manifest.get("format") != FORMAT:
+        found = f"format {manifest.get('format')}"
+        raise _broken(generation, f"format {FORMAT}", found, "use the version of dptrain that wrote it")
     return dict(manifest)
 
 
 def newest(folder: Path, accept: Callable[[Path], Snapshot], warn: Callable[[str], None]) -> Snapshot | None:
     """The newest generation that ``accept`` takes; broken ones are passed over aloud.
 
-    None where there are none at all; CheckpointError where all are broken.
+    Once one is found, those passed over are no generations any more: as the newest they would be kept in place of
+    good ones. None where there are none at all; CheckpointError where all are broken.
     """
     found = generations(folder)
-    for generation in found:
+    for i, generation in enumerate(found):
         try:
-            return accept(generation)
+            snapshot = accept(generation)
         except _Foreign:
             raise
         except DptrainError as error:
             warn(f"passed over: {error}")
+        else:
+            for broken in found[:i]:
+                _set_aside(broken)
+            return snapshot
     if found:
         raise CheckpointError(
             f"checkpoints in {folder}",
@@ -172,6 +191,13 @@ def newest(folder: Path, accept: Callable[[Path], Snapshot], warn: Callable[[str
             cure="start again without --resume in another run directory",
         )
     return None
+
+
+def _set_aside(broken: Path) -> None:
+    target = broken.with_name(f"broken-{broken.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        broken.rename(target)
 
 
 class _Foreign(CheckpointError):
@@ -226,6 +252,13 @@ class Writer:
             prune(self.folder, self.keep)
         except DptrainError as error:
             self.failed = error
+        except Exception as error:  # nobody sees what is raised in a thread
+            self.failed = StorageError(
+                f"checkpoint of step {snapshot.manifest['step']} in {self.folder}",
+                expected="to be written",
+                found=f"{type(error).__name__}: {error}",
+                cure="older checkpoints are untouched",
+            )
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -1,11 +1,12 @@
 """What the chief writes down while it trains: journal, checkpoints, and word to whoever watches."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from dptrain.checkpoint import Snapshot, Writer
-from dptrain.errors import DptrainError
+from dptrain.errors import StorageError
 from dptrain.exchange.verdict import Verdict
 from dptrain.job.spec import Output
 from dptrain.journal import Journal
@@ -13,7 +14,7 @@ from dptrain.layout import Array
 from dptrain.rule import Rule
 from dptrain.state import State
 
-_LINES = 1000
+_LINES = 300
 _LONGEST_SILENCE = 1.0
 
 
@@ -135,8 +136,13 @@ class Chronicle:
         self.observer.warned(text)
         self._write({"event": "warning", "text": text})
 
+    def restore(self, manifest: Mapping[str, Any], best: Array | None) -> None:
+        """Go on from a snapshot of this chronicle's."""
+        self.best = best
+        self.epoch_loss, *self._epoch = manifest["epoch_loss"]
+
     def checkpoint(self, state: State) -> None:
-        """Write a last checkpoint and wait for it. Raises StorageError."""
+        """Write a last checkpoint and the rest of the journal, and wait for them. Raises StorageError."""
         self.writer.wait()
         if self._checkpointed != state.step or self.writer.failed:
             self.writer.start(self._snapshot(state))
@@ -144,11 +150,13 @@ class Chronicle:
         complaint = self.writer.complaint()
         if complaint:
             raise complaint
+        self._write_lag()
 
     def close(self) -> None:
         """Let what is being written be finished; nothing is raised."""
         self.writer.wait()
-        self.journal.close()
+        with contextlib.suppress(StorageError):
+            self.journal.close()
 
     def _clear(self) -> None:
         self._steps = self._skipped = 0
@@ -183,12 +191,15 @@ class Chronicle:
         failing = bool(self._lag)
         self._lag.append(line)
         try:
-            while self._lag:
-                self.journal.write(self._lag[0])
-                self._lag.pop(0)
-        except DptrainError as error:
+            self._write_lag()
+        except StorageError as error:
             if not failing:
                 self.observer.warned(f"training goes on without a journal: {error}")
+
+    def _write_lag(self) -> None:
+        while self._lag:
+            self.journal.write(self._lag[0])
+            self._lag.pop(0)
 
     def _checkpoint_if_due(self, state: State) -> None:
         complaint = self.writer.complaint()
@@ -203,7 +214,8 @@ class Chronicle:
             self.writer.start(self._snapshot(state))
 
     def _snapshot(self, state: State) -> Snapshot:
-        return Snapshot.of(state, self.best, self.slot_names, self.facts)
+        facts = {**self.facts, "epoch_loss": [self.epoch_loss, *self._epoch]}
+        return Snapshot.of(state, self.best, self.slot_names, facts)
 
 
 def _added(some: tuple[float, ...], more: tuple[float, ...]) -> tuple[float, ...]:

@@ -5,18 +5,22 @@ the bits of the undisturbed run.
 """
 
 import hashlib
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from dptrain.layout import Array
+from dptrain.layout import BLOCK, Array
 from dptrain.nn.accumulate import Accumulator
 from dptrain.nn.evaluate import Evaluator
+from dptrain.nn.layer import Workspace
 from dptrain.random import Purpose, stream
-from dptrain.state import State, Store, Update
+from dptrain.state import Update
 
 _SHARDS = 2
+_UPDATED = 4 * BLOCK
+NOT_REPEATABLE = "not repeatable"
 
 
 @dataclass
@@ -28,13 +32,9 @@ class Rows:
     rows: Array
     counts: tuple[int, ...]
 
-    def first(self, k: int) -> "Rows":
-        """The rows of the first k shards."""
-        return Rows(self.x[:k], self.y[:k], self.rows[:k], self.counts[:k])
-
-    def only(self, j: int) -> "Rows":
-        """The rows of one of the shards."""
-        return Rows(self.x[j : j + 1], self.y[j : j + 1], self.rows[j : j + 1], self.counts[j : j + 1])
+    def some(self, lo: int, hi: int) -> "Rows":
+        """The rows of shards lo to hi."""
+        return Rows(self.x[lo:hi], self.y[lo:hi], self.rows[lo:hi], self.counts[lo:hi])
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Sample:
     target_dtype: npt.DTypeLike
     classes: int
 
-    def made_up(self, seed: int, rows: int, dtype: npt.DTypeLike) -> Rows:
+    def made_up(self, seed: int, rows: int, dtype: npt.DTypeLike, shards: int = _SHARDS) -> Rows:
         """Rows for a probe, a function of the arguments."""
         rng = stream(seed, Purpose.PROBE)
-        lead = (_SHARDS, rows)
+        lead = (shards, rows)
         integer = np.issubdtype(np.dtype(self.dtype), np.integer)
         x = np.zeros((*lead, *self.shape), self.dtype)
         if not integer:
@@ -58,10 +58,11 @@ class Sample:
         y = np.zeros((*lead, *self.target_shape), self.target_dtype)
         y[...] = rng.integers(0, self.classes, y.shape) if self.classes else rng.standard_normal(y.shape)
         ones = np.ones(lead, dtype)
-        counts = (rows, max(1, rows - 1))
-        ones[1, counts[1] :] = 0
-        x[1, counts[1] :] = 0
-        return Rows(x, y, ones, counts)
+        last = max(1, rows - 1)
+        ones[-1, last:] = 0
+        x[-1, last:] = 0
+        y[-1, last:] = 0
+        return Rows(x, y, ones, (rows,) * (shards - 1) + (last,))
 
 
 class Collected:
@@ -83,7 +84,7 @@ class Collected:
 class Probe:
     """``fingerprint``: the hash of the bits. ``together``: shards at once gave the bytes of one by one.
 
-    ``repeatable``: one by one gave the same bytes twice.
+    ``repeatable``: one by one gave the same bytes twice; where it didn't there is no fingerprint to compare.
     """
 
     fingerprint: str
@@ -92,35 +93,66 @@ class Probe:
 
 
 def probe(
-    accumulator: Accumulator, evaluator: Evaluator, update: Update, weights: Array, sample: Sample, rows: int
+    accumulator: Accumulator,
+    evaluator: Evaluator,
+    update: Update,
+    weights: Array,
+    sample: Sample,
+    rows: int,
+    shards: int = _SHARDS,
 ) -> Probe:
-    """Forward, backward, update and evaluation of made-up shards, together and one by one."""
-    made_up = sample.made_up(accumulator.seed, rows, weights.dtype)
+    """Forward, backward and evaluation of made-up shards, together and one by one, and an update.
+
+    Holds the gradients of ``shards`` + 1 shards.
+    """
+    made_up = sample.made_up(accumulator.seed, rows, weights.dtype, shards)
     tensors = accumulator.model.layout.views(weights)
 
-    def gradients(shards: list[int]) -> tuple[Array, npt.NDArray[np.float64]]:
-        part = made_up if len(shards) > 1 else made_up.only(shards[0])
-        sink = Collected(accumulator, len(shards), weights.dtype)
-        tallies = accumulator.backward(tensors, part, range(shards[0], shards[-1] + 1), 0, sink)
-        return sink.vectors, tallies
+    def gradients(lo: int, hi: int) -> tuple[Array, npt.NDArray[np.float64]]:
+        sink = Collected(accumulator, hi - lo, weights.dtype)
+        return sink.vectors, accumulator.backward(tensors, made_up.some(lo, hi), range(lo, hi), 0, sink)
 
-    def one_by_one() -> bytes:
-        found = [gradients([j]) for j in range(_SHARDS)]
-        return b"".join(g.tobytes() for g, _ in found) + b"".join(t.tobytes() for _, t in found)
-
-    single = one_by_one()
-    vectors, tallies = gradients(list(range(_SHARDS)))
-    together = vectors.tobytes() + tallies.tobytes() == single
-    repeatable = one_by_one() == single
-    gradient, _ = gradients([0])
-    store = Store(update.layout, len(update.optimizer.slots), weights.dtype)
-    state = State(0, 0, weights, store.slots(0), 0)
-    update.apply(state, store, gradient[0], 0, update.layout.size, scale=1.0 / rows, rows=float(rows))
-    after = store.weights(1)
-    figures = evaluator.sums(after, _Part(made_up), 0, evaluator.blocks(_Part(made_up)))
-    content = single + after.tobytes() + b"".join(s.tobytes() for s in store.slots(1)) + figures.tobytes()
+    content = hashlib.sha256()
+    figures, same = _evaluated(evaluator, weights, made_up, rows)
+    content.update(figures.tobytes())
+    vectors, tallies = gradients(0, shards)
+    for j in range(shards):
+        vector, tally = gradients(j, j + 1)
+        same = same and _bits_equal(vector[0], vectors[j]) and _bits_equal(tally[0], tallies[j])
+        content.update(vector.data)
+        content.update(tally.tobytes())
+    del vectors
+    content.update(_updated(update, weights, vector[0], 1.0 / rows))
+    again, tally_again = gradients(shards - 1, shards)
+    repeatable = _bits_equal(again, vector) and _bits_equal(tally_again, tally)
     accumulator.shards_computed = 0
-    return Probe("sha256:" + hashlib.sha256(content).hexdigest(), together, repeatable)
+    return Probe("sha256:" + content.hexdigest() if repeatable else NOT_REPEATABLE, same, repeatable)
+
+
+def _evaluated(evaluator: Evaluator, weights: Array, made_up: Rows, rows: int) -> tuple[Array, bool]:
+    """The sums of the made-up shards as blocks, one by one, and whether together they were the same."""
+    small = copy(evaluator)
+    small.rows, small.at_once, small.workspace = rows, len(made_up.x), Workspace()
+    part = _Part(made_up)
+    together = small.sums(weights, part, 0, small.at_once)
+    single = np.concatenate([small.sums(weights, part, j, j + 1) for j in range(small.at_once)])
+    return single, _bits_equal(together, single)
+
+
+def _updated(update: Update, weights: Array, gradient: Array, scale: float) -> bytes:
+    """An update of the first elements; elements don't meet, so that they speak for all."""
+    n = min(update.layout.parameters, _UPDATED)
+    new = np.zeros((2 * len(update.optimizer.slots) + 1, n), weights.dtype)
+    after, *slots = new
+    old, changed = slots[: len(slots) // 2], slots[len(slots) // 2 :]
+    lr = update.schedule.at(1)
+    update.optimizer.update(weights[:n], gradient[:n], old, after, changed, scale=scale, lr=lr, count=1)
+    return new.tobytes()
+
+
+def _bits_equal(a: Array, b: Array) -> bool:
+    kind = f"u{a.dtype.itemsize}"
+    return bool(np.array_equal(np.ascontiguousarray(a).view(kind), np.ascontiguousarray(b).view(kind)))
 
 
 class _Part:

@@ -19,9 +19,13 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.attempt = 1 + max((line.get("attempt", 0) for line in read_all(path)), default=0)
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._torn = os.fstat(self._handle).st_size > 0 and not path.read_bytes().endswith(b"\n")
+        try:
+            self.attempt = 1 + max((attempt_of(line) for line in read_all(path)), default=0)
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise self._refused(error.strerror or str(error)) from None
+        size = os.fstat(self._handle).st_size
+        self._torn = size > 0 and os.pread(self._handle, 1, size - 1) != b"\n"
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line. Raises StorageError when the disk is full."""
@@ -30,19 +34,24 @@ class Journal:
         try:
             written = os.write(self._handle, data)
         except OSError as error:
-            raise self._full(error.strerror or str(error)) from None
+            raise self._refused(error.strerror or str(error)) from None
         self._torn = 0 < written < len(data) or (self._torn and not written)
         if written < len(data):
-            raise self._full("no space left on device")
+            raise self._refused("no space left on device")
 
     def close(self) -> None:
-        """Flush to the disk and close."""
-        if self._handle >= 0:
-            os.fsync(self._handle)
-            os.close(self._handle)
-            self._handle = -1
+        """Flush to the disk and close. Raises StorageError where that fails; it is closed then too."""
+        handle, self._handle = self._handle, -1
+        if handle < 0:
+            return
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            raise self._refused(error.strerror or str(error)) from None
+        finally:
+            os.close(handle)
 
-    def _full(self, found: str) -> StorageError:
+    def _refused(self, found: str) -> StorageError:
         return StorageError(
             f"journal {self.path}", expected="to be written", found=found, cure="make room, then go on with --resume"
         )
@@ -69,6 +78,12 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     for line in read_all(path):
         if "step" in line:
             step = line["step"]
-            if step not in found or line.get("attempt", 0) >= found[step].get("attempt", 0):
+            if step not in found or attempt_of(line) >= attempt_of(found[step]):
                 found[step] = line
     return [found[step] for step in sorted(found)]
+
+
+def attempt_of(line: Mapping[str, Any]) -> int:
+    """The attempt that wrote a line; 0 where it doesn't say."""
+    attempt = line.get("attempt", 0)
+    return attempt if isinstance(attempt, int) else 0

@@ -221,7 +221,7 @@ def command(n: int, argv: Sequence[str], environ: Mapping[str, str]) -> tuple[li
 def needs(name: str, n: int) -> dict[str, str]:
     """What the environment must say for an MPI to start ``n`` workers on this machine."""
     if name != "Open MPI":
-        return {"MPIR_CVAR_CH4_CMA_ENABLE": "0"}
+        return {}
     found = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_osc": "^ucx"}
     if os.geteuid() == 0:
         found |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ def segments(size: int, parts: int) -> list[tuple[int, int]]:
     """
     blocks = -(-size // BLOCK)
     cuts = [min(size, BLOCK * (blocks * i // parts)) for i in range(parts + 1)]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 def digest(vector: Array) -> str:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,36 @@ from dptrain import arithmetic
 from dptrain.assemble import Assembly, assemble
 from dptrain.data.batches import Batches
 from dptrain.data.prepare import prepare
+from dptrain.data.store import LARGE
 from dptrain.fingerprint import Collected, Rows, Sample
 from dptrain.job.spec import Job
 from dptrain.layout import segments
 from dptrain.membership import Membership
+from dptrain.nn.accumulate import Accumulator, Schedule
 from dptrain.nn.chain import Chain, LayerSummary
+from dptrain.nn.layer import Workspace
 from dptrain.rule import Rule
 from dptrain.state import State, Store
 from dptrain.training import at_once
 
+PAGE = 4096
+PAGES_AT_ONCE = 16 * PAGE
+"""What Linux maps at once of a file that is read through a mapping, unless told that reads are scattered."""
+
 _RESIDENT = """
 import os
-from dptrain.exchange.mpi import connect
-if {mpi}: connect()
+from pathlib import Path
+if {mpi}:
+    from dptrain.exchange.mpi import connect
+    connect()
 import dptrain.training
-from dptrain.job.load import load_job
-load_job(None)
-print(next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')))
+from dptrain.data.prepare import prepare
+from dptrain.job.load import EMBEDDED, check, to_toml
+job = check(EMBEDDED, "")
+to_toml(job)
+prepare(job.data, directory=Path(), seed=0, cache=None)
+from dptrain.arithmetic import peak_memory
+print(peak_memory())
 """
 
 
@@ -81,7 +94,7 @@ def plan(job: Job, *, workers: int = 1) -> Plan:
             drop_last=train.drop_last,
         )
         rule = Rule(train, batches.steps_per_epoch, a.dataset.validation.rows > 0)
-        memory = _memory(a, workers, rule)
+        memory = _memory(a, prepared, workers, rule)
         many, one = _speed(a)
     layers = a.model.summary() if isinstance(a.model, Chain) else []
     return Plan(
@@ -103,29 +116,24 @@ def plan(job: Job, *, workers: int = 1) -> Plan:
     )
 
 
-def _memory(a: Assembly, workers: int, rule: Rule) -> dict[str, int]:
+def _memory(a: Assembly, prepared: Mapping[str, Any], workers: int, rule: Rule) -> dict[str, int]:
     membership = Membership(0, workers, a.shards)
     layout, item = a.model.layout, a.dtype.itemsize
     vector = layout.size * item
     state = vector + len(a.optimizer.slots) * layout.parameters * item
-    accumulator = a.accumulator(2)
-    _step(a, accumulator, 2)
-    lo, hi = membership.mine
-    accumulator.at_once = at_once(accumulator, hi - lo)
-    _step(a, accumulator, accumulator.at_once)
-    schedule = accumulator.schedule(lo, hi)
+    accumulator, schedule = _passes(a, membership)
     evaluator = a.evaluator()
-    part = a.dataset.validation if a.dataset.validation.rows else a.dataset.test
-    blocks = min(evaluator.at_once, evaluator.blocks(part))
     weights = np.zeros(layout.size, a.dtype)
-    if blocks:
+    for part in (a.dataset.validation, a.dataset.test):
+        blocks = evaluator.blocks(part)
         with np.errstate(all="ignore"):
-            evaluator.sums(weights, part, 0, blocks)
+            evaluator.sums(weights, part, 0, min(evaluator.at_once, -(-blocks // workers)))
     sample = a.sample
     row = np.dtype(sample.dtype).itemsize * int(np.prod(sample.shape)) + 8 * int(np.prod(sample.target_shape))
     sets = 3 if a.dataset.train.mapped else 2
     memory = {
         "process": _resident(workers > 1),
+        "data": _data(prepared, rule.total_steps * a.job.train.batch_size, workers),
         "state": 2 * state,
         "partials": max(1, schedule.slots) * vector,
         "activations": accumulator.workspace.nbytes,
@@ -142,14 +150,38 @@ def _memory(a: Assembly, workers: int, rule: Rule) -> dict[str, int]:
     return memory
 
 
-def _step(a: Assembly, accumulator: Any, k: int) -> None:
-    """One made-up forward and backward of k shards."""
+def _passes(a: Assembly, membership: Membership) -> tuple[Accumulator, Schedule]:
+    """An accumulator that has gone once through the worker's shards, as many at once as training would take."""
     weights = np.zeros(a.model.layout.size, a.dtype)
     a.model.initialise(weights, a.job.seed)
-    rows = _made_up(a.sample, a, k, a.rows_per_shard)
-    sink = Collected(accumulator, k, a.dtype)
+    accumulator = a.accumulator(2)
+    lo, hi = membership.mine
+    made_up = _made_up(a.sample, a, max(2, hi - lo), a.rows_per_shard)
+    sink = Collected(accumulator, 2, a.dtype)
     with np.errstate(all="ignore"):
-        accumulator.backward(a.model.layout.views(weights), rows, range(k), 0, sink)
+        accumulator.backward(a.model.layout.views(weights), made_up.some(0, 2), range(2), 0, sink)
+        accumulator.at_once = at_once(accumulator, hi - lo)
+        accumulator.workspace = Workspace()
+        schedule = accumulator.schedule(lo, hi)
+        outbox = np.zeros((max(1, schedule.slots), a.model.layout.size), a.dtype)
+        accumulator.accumulate(weights, schedule, outbox, 0, lambda start, stop: made_up.some(0, stop - start))
+    return accumulator, schedule
+
+
+def _data(prepared: Mapping[str, Any], rows: int, workers: int) -> int:
+    """Bytes of the data files that a worker touches: the system counts pages of them as the worker's memory.
+
+    ``rows`` are those of all training steps together.
+    """
+    sizes: dict[str, int] = {}
+    touched = 0
+    for name, part in prepared["parts"].items():
+        own = -(-(min(rows, part["rows"]) if name == "train" else part["rows"]) // workers)
+        for store in (part["x"], part["y"]):
+            sizes[store["path"]] = store["size"]
+            page = PAGE if store["size"] > LARGE else PAGES_AT_ONCE
+            touched += own * max(page, store["size"] // store["shape"][0])
+    return min(touched, sum(sizes.values()))
 
 
 def _made_up(sample: Sample, a: Assembly, k: int, rows: int) -> Rows:
@@ -176,7 +208,7 @@ def _speed(a: Assembly) -> tuple[float, float]:
         made_up = _made_up(a.sample, a, accumulator.at_once, rows)
 
         def step() -> None:
-            accumulator.accumulate(weights, schedule, outbox, 0, lambda lo, hi: made_up.first(hi - lo))
+            accumulator.accumulate(weights, schedule, outbox, 0, lambda lo, hi: made_up.some(0, hi - lo))
             update.apply(state, store, outbox[0], 0, a.model.layout.size, scale=1.0, rows=float(batch))
 
         return step
@@ -206,4 +238,4 @@ def _resident(mpi: bool) -> int:
     done = subprocess.run(
         [sys.executable, "-c", _RESIDENT.format(mpi=mpi)], capture_output=True, text=True, check=True, timeout=60
     )
-    return int(done.stdout) * 1024
+    return int(done.stdout)

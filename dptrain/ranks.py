@@ -53,7 +53,7 @@ class Leader:
         self._waiting = False
         word = {"job": plain(job), "run_dir": None if run_dir is None else os.fspath(run_dir), "resume": resume}
         self._communicator.broadcast_json(word, "starting")
-        return _train(self._communicator, job, run_dir=run_dir, resume=resume, observer=observer)
+        return train(self._communicator, job, run_dir=run_dir, resume=resume, observer=observer)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._waiting:
@@ -73,7 +73,7 @@ def follow(place: Announced) -> int:
     if "job" not in word:
         return int(word["code"])
     job = rebuild(Job, word["job"])
-    _train(communicator, job, run_dir=word["run_dir"], resume=word["resume"], observer=None)
+    train(communicator, job, run_dir=word["run_dir"], resume=word["resume"], observer=None)
     return 0
 
 
@@ -85,14 +85,19 @@ def _connect(place: Announced) -> "Mpi":
     return communicator
 
 
-def _train(communicator: "Mpi", job: Job, **options: Any) -> "Result":
+def train(communicator: "Mpi", job: Job, **options: Any) -> "Result":
+    """Train a complete job with all ranks, each of which calls this; ``options`` are training.run's.
+
+    An error is raised on all of them: on the rank that it concerns its own, which leaves last so that its message
+    stands at the end, on the others PeerFailed. Where the others can't be told, all processes are ended.
+    """
     arithmetic.choose(job.arithmetic.kernels, job.arithmetic.threads)
     from dptrain.training import run
 
     try:
         return run(job, communicator=communicator, **options)
-    except Exception as error:
-        observer = options["observer"]
+    except BaseException as error:
+        observer = options.get("observer")
         if observer is not None:
             observer.close()
         if not communicator.agreed and not getattr(error, "everywhere", False):
@@ -113,4 +118,3 @@ def _code(error: BaseException | None) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return 0 if error is None else exit_code(error)
-

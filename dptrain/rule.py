@@ -32,16 +32,17 @@ class Rule:
         return state.step >= self.total_steps or self.reached(state.judgement) != ""
 
     def evaluates(self, state: State) -> bool:
-        """Whether this state is to be evaluated, once."""
-        due = state.step % self.evaluate_every == 0 or state.step >= self.total_steps
+        """Whether this state is to be evaluated, once.
+
+        The end of training is no reason: a training that is extended later must have made the same evaluations.
+        """
+        due = state.step % self.evaluate_every == 0
         return self.validated and due and state.step > 0 and state.judgement.evaluated < state.step
 
     def reached(self, judgement: Judgement) -> str:
         """Why the convergence criterion ends training, or "" while it doesn't."""
         stop = self.train.stop
-        if judgement.best is None:
-            return ""
-        if stop.target is not None and not self._better(stop.target, judgement.best):
+        if stop.target is not None and judgement.best is not None and not self._better(stop.target, judgement.best):
             return f"{stop.metric} reached {judgement.best:.6g}, target {stop.target:g}"
         if stop.patience and judgement.without_gain >= stop.patience:
             return f"{stop.metric} did not gain {stop.min_delta:g} in {stop.patience} evaluations"

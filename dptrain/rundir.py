@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,11 +47,12 @@ def claim(path: Path, *, resume: bool) -> Path:
     made = make(path)
     if not made and not path.is_dir():
         raise StorageError(f"run directory {path}", expected="a directory", found="a file", cure="choose another")
-    if (path / JOURNAL).exists() and not resume:
+    left = next((name for name in (JOURNAL, CHECKPOINTS, RESULT) if (path / name).exists()), "")
+    if left and not resume:
         raise UsageError(
             f"run directory {path}",
             expected="no run in it yet",
-            found=f"{JOURNAL} of an earlier one",
+            found=f"{left} of an earlier one",
             cure="go on with --resume, or choose another --run-dir",
         )
     if not os.access(path, os.W_OK):
@@ -62,7 +64,9 @@ def claim(path: Path, *, resume: bool) -> Path:
 
 def newest(runs: Path, name: str) -> Path:
     """The newest run of a job below ``runs``, for ``--resume`` without ``--run-dir``. Raises UsageError."""
-    found = [p for p in runs.glob(f"{_safe(name)}-*") if (p / JOURNAL).is_file()] if runs.is_dir() else []
+    ours = re.compile(re.escape(_safe(name)) + r"-\d{8}-\d{6}(-\d+)?")
+    paths = runs.iterdir() if runs.is_dir() else ()
+    found = [p for p in paths if ours.fullmatch(p.name) and (p / JOURNAL).is_file()]
     if not found:
         raise UsageError(
             f"--resume of job {name!r}",
@@ -91,14 +95,20 @@ def write_text(path: Path, text: str) -> None:
         ) from None
 
 
+def read_text(path: Path, cure: str = "check the path") -> str:
+    """The content of a file. Raises StorageError."""
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        found = getattr(error, "strerror", None) or str(error)
+        raise StorageError(str(path), expected="a readable file", found=found, cure=cure) from None
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file of a run. Raises StorageError."""
+    text = read_text(path, "name a finished run directory")
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise StorageError(
-            str(path), expected="a run's file", found=error.strerror or str(error), cure="name a finished run directory"
-        ) from None
+        return json.loads(text)
     except ValueError as error:
         raise StorageError(str(path), expected="valid JSON", found=str(error), cure="restore the file") from None
 

@@ -49,17 +49,31 @@ class Store:
     """The memory of two states; all of it is touched when it is made, so that nothing dies for want of it later."""
 
     def __init__(self, layout: Layout, slots: int, dtype: npt.DTypeLike) -> None:
-        self._weights = np.zeros((2, layout.size), dtype)
-        self._slots = np.zeros((2, slots, layout.parameters), dtype)
+        weights: Array = np.empty((2, layout.size), dtype)
+        moments: Array = np.empty((2, slots, layout.parameters), dtype)
+        # np.zeros would leave the pages to be found at the first write.
+        weights.fill(0)
+        moments.fill(0)
+        self._sides = _sides(weights, moments)
+
+    @classmethod
+    def of(cls, weights: Array, slots: Array) -> "Store":
+        """A store in memory that is there already: (2, size) and (2, slots, parameters)."""
+        store = cls.__new__(cls)
+        store._sides = _sides(weights, slots)
+        return store
 
     def weights(self, side: int) -> Array:
-        """The flat vector of a side."""
-        vector: Array = self._weights[side]
-        return vector
+        """The flat vector of a side, always the same object."""
+        return self._sides[side][0]
 
     def slots(self, side: int) -> tuple[Array, ...]:
         """The optimizer's vectors of a side."""
-        return tuple(self._slots[side])
+        return self._sides[side][1]
+
+
+def _sides(weights: Array, slots: Array) -> list[tuple[Array, tuple[Array, ...]]]:
+    return [(vector, tuple(some)) for vector, some in zip(weights, slots, strict=True)]
 
 
 class Optimizer(Protocol):
@@ -106,26 +120,24 @@ class Update:
     @property
     def blocks(self) -> int:
         """The number of blocks that norms are summed by."""
-        return -(-self.layout.parameters // BLOCK)
+        return -(-self.layout.size // BLOCK)
 
     def squares(self, gradient: Array, lo: int, hi: int) -> npt.NDArray[np.float64]:
-        """The squared norm of each block of the parameters from lo to hi, in float64; NaN or inf where not finite.
+        """The squared norm of each block from lo to hi, in float64; NaN or inf where not finite.
 
-        Where nothing is clipped the norm isn't wanted: 0 stands for finite, and the screening is one product.
+        Buffers have no part in the norm, but must be finite. Where nothing is clipped the norm isn't wanted: 0 stands
+        for finite, and the screening is one product.
         """
-        hi = min(hi, self.layout.parameters)
-        found = np.zeros(max(0, -(-(hi - lo) // BLOCK)))
-        if not self.clip_norm:
-            part = gradient[lo:hi] if lo < hi else gradient[:0]
-            if not np.isfinite(np.dot(part, part)) and not np.isfinite(part).all():
-                found[:] = np.nan
-            return found
-        for i in range(len(found)):
-            start = lo + i * BLOCK
-            block = gradient[start : min(hi, start + BLOCK)]
-            wide = self._wide[: len(block)]
-            wide[:] = block
-            found[i] = np.dot(wide, wide)
+        found = np.zeros(-(-(hi - lo) // BLOCK))
+        end = max(lo, min(hi, self.layout.parameters))
+        if not _finite(gradient[end if self.clip_norm else lo : hi]):
+            found[-1] = np.nan
+        if self.clip_norm:
+            for i, start in enumerate(range(lo, end, BLOCK)):
+                block = gradient[start : min(end, start + BLOCK)]
+                wide = self._wide[: len(block)]
+                wide[:] = block
+                found[i] += np.dot(wide, wide)
         return found
 
     def apply(
@@ -155,3 +167,8 @@ class Update:
             momentum = self._momentum[cut - at : hi - at]
             mean = gradient[cut:hi].astype(np.float64) / rows
             store.weights(back)[cut:hi] = state.weights[cut:hi] * (1 - momentum) + mean * momentum
+
+
+def _finite(vector: Array) -> bool:
+    # The product is much quicker than a look at every element, but overflows where all are finite.
+    return bool(np.isfinite(np.dot(vector, vector)) or np.isfinite(vector).all())

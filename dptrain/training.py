@@ -1,42 +1,43 @@
 """The composition root: from a job to a worker, and from its end to a result."""
 
 import os
-import resource
-import shutil
 import socket
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dptrain import arithmetic, checkpoint, rundir
+from dptrain import arithmetic, beginning, checkpoint, rundir
 from dptrain.assemble import Assembly, assemble
 from dptrain.chronicle import Bystander, Chronicle, Observer, Unwatched
 from dptrain.data.batches import Batches, Reader
-from dptrain.data.prepare import prepare
-from dptrain.errors import ArithmeticMismatch, CheckpointError, DataError, LaunchError, ModelError
+from dptrain.errors import ArithmeticMismatch, DataError, DptrainError, LaunchError
 from dptrain.exchange.allreduce import Allreduce
 from dptrain.exchange.communicator import Alone, Communicator
+from dptrain.exchange.one_machine import OneMachine, room
 from dptrain.exchange.protocol import Exchange
 from dptrain.exchange.segments import Segments
 from dptrain.exchange.solo import Solo
-from dptrain.fingerprint import Probe, probe
+from dptrain.fingerprint import NOT_REPEATABLE, Probe, probe
 from dptrain.job.digest import JobDigest, digest_job
-from dptrain.job.load import to_toml
 from dptrain.job.spec import Job
 from dptrain.journal import Journal
 from dptrain.layout import Array, digest
 from dptrain.membership import Membership
 from dptrain.nn.accumulate import Accumulator
+from dptrain.nn.layer import Workspace
+from dptrain.optim import make_schedule
 from dptrain.rule import Rule
-from dptrain.state import State, Update
+from dptrain.state import State
 from dptrain.worker import StopRequest, Worker, together
 
 ACTIVATIONS = 256 << 20
 """Bytes of activations that a worker may use for taking several shards at once."""
+
+GRADIENTS = 64 << 20
+"""Bytes of gradients, not yet added, that it may use for that: of large tensors it takes one shard at a time."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class _Run:
         observer: Observer,
         communicator: Communicator,
     ) -> None:
-        self.job, self.own_model, self.wanted_dir = job, model, run_dir
+        self.job, self.own_model = job, model
+        self.wanted_dir = None if run_dir is None else Path(run_dir)
         self.resume, self.observer, self.communicator = resume, observer, communicator
         self.chief = communicator.rank == 0
         self.notes: list[str] = []
@@ -107,7 +109,7 @@ class _Run:
         with self.stop.listening():
             self._set_up()
             state = self._begin()
-            watcher = self._watcher(state)
+            watcher = together(self.communicator, "opening the journal", lambda: self._watcher(state))
             worker = self._worker(watcher)
             worker.best = self.best
             started = time.perf_counter()
@@ -135,8 +137,8 @@ class _Run:
         self.start = together(communicator, "setting up", self._start_weights)
         accumulator, self.probe = together(communicator, "probing the arithmetic", self._probe)
         self.accumulator: Accumulator = accumulator
-        self._compare_workers()
         self.digests = self._digest()
+        self._compare_workers()
         self.exchange = together(communicator, "setting up the exchange", self._exchange)
         self.reader = Reader(
             self.batches,
@@ -145,7 +147,7 @@ class _Run:
             a.sample.target_shape,
             a.sample.target_dtype,
             dtype=a.dtype,
-            prefetch=a.dataset.train.mapped,
+            prefetch=False,
         )
         if self.membership.spares:
             self.notes.append(
@@ -165,6 +167,8 @@ class _Run:
         def action() -> dict[str, Any] | None:
             if not first:
                 return None
+            from dptrain.data.prepare import prepare
+
             return prepare(job.data, directory=Path(job.directory), seed=job.seed, cache=None)
 
         mine = together(communicator, "reading the data", action)
@@ -176,22 +180,21 @@ class _Run:
         plans: list[dict[str, Any]] = [plan for _, plan in every if plan is not None]
         for rank, (other, plan) in enumerate(every):
             if plan is not None and plan["digest"] != plans[0]["digest"]:
-                error = DataError(
-                    f"rank {rank} on {other}: data.source = {job.data.source!r}",
-                    expected=f"the same data as on {every[0][0]} ({plans[0]['digest'][:19]})",
-                    found=f"{plan['digest'][:19]}",
-                    cure="copy the same file to every machine",
+                raise _for_all(
+                    DataError(
+                        f"rank {rank} on {other}: data.source = {job.data.source!r}",
+                        expected=f"the same data as on {every[0][0]} ({plans[0]['digest'][:19]})",
+                        found=f"{plan['digest'][:19]}",
+                        cure="copy the same file to every machine",
+                    )
                 )
-                error.everywhere = True
-                raise error
         return next((plan for other, plan in every if other == host and plan is not None), plans[0])
 
     def _start_weights(self) -> Array:
         weights = np.zeros(self.assembly.model.layout.size, self.assembly.dtype)
         self.assembly.model.initialise(weights, self.job.seed)
         if self.job.model.init_from:
-            given = _warm_start(self.job, self.assembly)
-            np.copyto(weights, given)
+            np.copyto(weights, beginning.warm_start(self.job, self.assembly.model.layout))
         return weights
 
     def _probe(self) -> tuple[Accumulator, Probe]:
@@ -199,35 +202,62 @@ class _Run:
         accumulator = a.accumulator(2)
         with np.errstate(all="ignore"):
             found = probe(accumulator, self.evaluator, self.update, self.start, a.sample, a.rows_per_shard)
-        lo, hi = self.membership.mine
-        accumulator.at_once = at_once(accumulator, hi - lo) if found.together else 1
+            lo, hi = self.membership.mine
+            accumulator.at_once = at_once(accumulator, hi - lo)
+            many = max(accumulator.at_once, self.evaluator.at_once)
+            if found.together and a.unproved and many > 2:
+                more = probe(accumulator, self.evaluator, self.update, self.start, a.sample, a.rows_per_shard, many)
+                found = replace(found, together=more.together)
+        if not found.together:
+            accumulator.at_once = self.evaluator.at_once = 1
+        # What the probe took for more shards than will run at once is given back.
+        accumulator.workspace = Workspace()
         self.arithmetic = arithmetic.describe(self.job.arithmetic.kernels, self.job.arithmetic.threads)
         return accumulator, found
 
     def _compare_workers(self) -> None:
-        """Contract 1: a worker that computes other bits is refused."""
-        mine = {"host": socket.gethostname(), "fingerprint": self.probe.fingerprint, "arithmetic": self.arithmetic}
-        every = self.communicator.allgather_json(mine, "comparing the arithmetic")
+        """Contract 1: a worker that would compute other bits is refused."""
+        mine = {
+            "host": socket.gethostname(),
+            "job": self.digests.job,
+            "fingerprint": self.probe.fingerprint,
+            "arithmetic": self.arithmetic,
+        }
+        every = self.communicator.allgather_json(mine, "comparing the workers")
+        for rank, other in enumerate(every):
+            if other["job"] != every[0]["job"]:
+                raise _for_all(
+                    LaunchError(
+                        f"rank {rank} on {other['host']}",
+                        expected=f"the job of rank 0 on {every[0]['host']}",
+                        found="another: its Python model's source, or the weights it starts from",
+                        cure="copy the same files to every machine",
+                    )
+                )
+        if any(other["fingerprint"] == NOT_REPEATABLE for other in every):
+            self.probe = replace(self.probe, fingerprint=NOT_REPEATABLE, repeatable=False)
+            self.notes.append("the model gives other bits each time it is asked, so the result's are not promised")
+            return
         for rank, other in enumerate(every):
             if other["fingerprint"] != every[0]["fingerprint"]:
-                error = ArithmeticMismatch(
-                    f"rank {rank} on {other['host']} ({_kernels(other['arithmetic'])})",
-                    expected=f"the bits of rank 0 on {every[0]['host']} ({_kernels(every[0]['arithmetic'])})",
-                    found="others for the same step",
-                    cure='set arithmetic.kernels = "portable" and install the same numpy on every machine',
+                raise _for_all(
+                    ArithmeticMismatch(
+                        f"rank {rank} on {other['host']} ({beginning.kernels(other['arithmetic'])})",
+                        expected=f"the bits of rank 0 on {every[0]['host']} ({beginning.kernels(every[0]['arithmetic'])})",
+                        found="others for the same step",
+                        cure='set arithmetic.kernels = "portable" and install the same numpy on every machine',
+                    )
                 )
-                error.everywhere = True
-                raise error
 
     def _digest(self) -> JobDigest:
-        schedule = self.job.optimizer.schedule
-        constant = schedule.type != "cosine"
+        optimizer = self.job.optimizer
+        schedule = make_schedule(optimizer.schedule, optimizer.lr, self.rule.total_steps)
         return digest_job(
             self.job,
             data=self.assembly.dataset.digest,
             model=self.assembly.own_digest,
             start=digest(self.start) if self.job.model.init_from else "",
-            decay_steps=0 if constant else schedule.decay_steps or self.rule.total_steps,
+            decay_steps=schedule.decay_steps if schedule.type == "cosine" else 0,
         )
 
     def _exchange(self) -> Exchange:
@@ -235,7 +265,7 @@ class _Run:
         kind = job.exchange.type
         if kind == "auto":
             kind = "solo" if size == 1 else "segments"
-        outbox = self.accumulator.schedule(*self.membership.mine).slots
+        outbox = max(1, self.accumulator.schedule(*self.membership.mine).slots)
         common = (self.communicator, self.membership, self.update, self.assembly.dtype, outbox)
         if kind == "solo" and size > 1:
             raise LaunchError(
@@ -252,22 +282,28 @@ class _Run:
                 found=str(job.exchange.coordinators),
                 cure="lower it, or leave it at 0 for every worker",
             )
-        return Segments(*common, coordinators=job.exchange.coordinators or size)
+        coordinators = job.exchange.coordinators or size
+        if job.exchange.shared_memory and self.communicator.on_one_machine():
+            outboxes = self.communicator.allgather_json(outbox, "sharing memory")
+            memory = room(self.communicator, self.update, self.assembly.dtype, outboxes)
+            if memory is not None:
+                return OneMachine(*common[:4], outboxes, coordinators=coordinators, memory=memory)
+            self.notes.append(
+                "/dev/shm has no room for the workers' partials and state, so they send messages: slower, the same "
+                "bits (in docker: --shm-size=1g)"
+            )
+        return Segments(*common, coordinators=coordinators)
 
     def _begin(self) -> State:
         """The run directory and the state to start from, the same on all workers."""
-        opened = together(self.communicator, "opening the run directory", self._open if self.chief else lambda: None)
-        self.run_dir = Path(self.communicator.broadcast_json(str(opened), "opening the run directory"))
+        opened = together(self.communicator, "opening the run directory", self._open)
+        self.run_dir = Path(self.communicator.broadcast_json(opened, "opening the run directory"))
         store, names = self.exchange.store, self.update.optimizer.slots
         np.copyto(store.weights(0), self.start)
         self.best: Array | None = None
-        snapshot = None
-        if self.resume:
-            snapshot = together(
-                self.communicator, "reading the checkpoint", self._restore if self.chief else lambda: None
-            )
+        snapshot = together(self.communicator, "reading the checkpoint", self._restore)
         header = snapshot.manifest if snapshot else None
-        header = self.communicator.broadcast_json(header, "reading the checkpoint")
+        header = self.manifest = self.communicator.broadcast_json(header, "reading the checkpoint")
         state = State(0, 0, store.weights(0), store.slots(0), 0)
         if header is not None:
             if snapshot:
@@ -286,47 +322,24 @@ class _Run:
         del self.start
         return state
 
-    def _open(self) -> Path:
-        job = self.job
-        runs = Path(job.directory) / job.output.runs
-        if self.wanted_dir is not None:
-            path = rundir.claim(Path(self.wanted_dir), resume=self.resume)
-        elif self.resume:
-            path = rundir.newest(runs, job.name)
-        else:
-            path = rundir.fresh(runs, job.name)
-        rundir.write_text(path / rundir.JOB, to_toml(_absolute(job)))
-        rundir.write_json(path / rundir.ENCODING, self.plan["encoding"])
-        if job.model.python:
-            source = Path(job.directory) / job.model.python.rpartition(":")[0]
-            shutil.copyfile(source, path / rundir.MODEL_SOURCE)
-        checkpoint.clean(path / rundir.CHECKPOINTS)
-        return path
+    def _open(self) -> str | None:
+        if not self.chief:
+            return None
+        return str(beginning.directory(self.job, self.wanted_dir, resume=self.resume))
 
     def _restore(self) -> checkpoint.Snapshot | None:
-        layout = self.assembly.model.layout
-
-        def accept(generation: Path) -> checkpoint.Snapshot:
-            manifest = checkpoint.read_manifest(generation)
-            if manifest["trajectory_sha256"] != self.digests.trajectory:
-                raise checkpoint.refuse(
-                    generation,
-                    "a checkpoint of this job (only its stopping rule may differ)",
-                    "another job's",
-                    "resume with the job.toml of that run, or start anew in another --run-dir",
-                )
-            if manifest["fingerprint"] != self.probe.fingerprint and not self.job.arithmetic.accept_other:
-                raise checkpoint.refuse(
-                    generation,
-                    f"the arithmetic it was made with ({_kernels(manifest['arithmetic'])})",
-                    f"another here ({_kernels(self.arithmetic)})",
-                    "resume on such a machine; or --set arithmetic.accept_other=true, which gives up the same bits",
-                )
-            return checkpoint.read(generation, layout)
-
-        found = checkpoint.newest(self.run_dir / rundir.CHECKPOINTS, accept, self.observer.warned)
-        if found is None:
-            self.notes.append("no checkpoint yet: training starts at step 0")
+        """What to go on from, on the chief; only then is it certain that the run directory is this job's."""
+        if not self.chief:
+            return None
+        found = None
+        if self.resume:
+            expected = beginning.Expected(
+                self.job, self.digests, self.probe.fingerprint, self.arithmetic, self.assembly.model.layout
+            )
+            found = beginning.restore(self.run_dir, expected, self.observer.warned)
+            if found is None:
+                self.notes.append("no checkpoint yet: training starts at step 0")
+        beginning.echo(self.run_dir, self.job, self.plan["encoding"])
         return found
 
     def _watcher(self, state: State) -> Chronicle | Bystander:
@@ -344,13 +357,16 @@ class _Run:
             facts={
                 "job_sha256": self.digests.job,
                 "trajectory_sha256": self.digests.trajectory,
+                "judging_sha256": self.digests.judging,
+                "same_bits": self.same_bits,
                 "fingerprint": self.probe.fingerprint,
                 "arithmetic": self.arithmetic,
                 "name": job.name,
                 "dtype": job.train.dtype,
             },
         )
-        chronicle.best = self.best
+        if self.manifest is not None:
+            chronicle.restore(self.manifest, self.best)
         self.observer.started(
             {
                 "run_dir": str(self.run_dir),
@@ -395,11 +411,11 @@ class _Run:
         keeps_best = self.job.train.result == "best" and worker.best is not None
         weights = worker.best if keeps_best and worker.best is not None else state.weights
         metrics = {}
+        done = self.rule.done(state)
         for name, part in (("validation", self.assembly.dataset.validation), ("test", self.assembly.dataset.test)):
-            if part.rows and not worker.stopped_by:
+            if part.rows and done:
                 metrics[name] = worker.evaluate(weights, part, state.step)
         per_worker = self.communicator.allgather_json(self._own_figures(worker), "the result")
-        done = self.rule.done(state)
         content: dict[str, Any] | None = None
         if chronicle is not None:
             content = asdict(
@@ -418,7 +434,7 @@ class _Run:
                     exchange=self.exchange.name,
                     arithmetic={**self.arithmetic, "dtype": self.job.train.dtype, "mpi": self.communicator.library},
                     fingerprint=self.probe.fingerprint,
-                    same_bits=self.exchange.same_bits and self.probe.repeatable,
+                    same_bits=self.same_bits,
                     recoveries=[],
                     per_worker=per_worker,
                     run_dir=str(self.run_dir),
@@ -441,6 +457,13 @@ class _Run:
         together(self.communicator, "writing the result", write)
         return Result(**self.communicator.broadcast_json(content, "the result"))
 
+    @property
+    def same_bits(self) -> bool:
+        """Whether the weights are those of any other way to train this job, as far as this run can know."""
+        before = self.manifest
+        trusted = before is None or (before["same_bits"] and before["fingerprint"] == self.probe.fingerprint)
+        return self.exchange.same_bits and self.probe.repeatable and trusted
+
     def _own_figures(self, worker: Worker) -> dict[str, Any]:
         return {
             "rank": self.communicator.rank,
@@ -449,14 +472,21 @@ class _Run:
             "rows_read": self.assembly.dataset.train.rows_read,
             "compute_seconds": round(worker.compute_seconds, 4),
             "wait_seconds": round(worker.wait_seconds, 4),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": arithmetic.peak_memory(),
         }
+
+
+def _for_all(error: DptrainError) -> DptrainError:
+    """An error that every worker finds out by itself."""
+    error.everywhere = True
+    return error
 
 
 def at_once(accumulator: Accumulator, own: int) -> int:
     """How many of its ``own`` shards a worker takes at once, judged by the memory that the pass before it took."""
-    a_shard = max(1, accumulator.workspace.nbytes // accumulator.at_once)
-    return max(1, min(own, ACTIVATIONS // a_shard))
+    activations = max(1, accumulator.workspace.nbytes // accumulator.at_once)
+    gradients = max(1, accumulator.gradient_elements * accumulator.model.dtype.itemsize)
+    return max(1, min(own, ACTIVATIONS // activations, GRADIENTS // gradients))
 
 
 def _batches(a: Assembly) -> Batches:
@@ -469,52 +499,3 @@ def _batches(a: Assembly) -> Batches:
         shuffle=a.job.data.shuffle,
         drop_last=train.drop_last,
     )
-
-
-def _warm_start(job: Job, a: Assembly) -> Array:
-    """The weights that ``model.init_from`` names: a run directory, or one checkpoint of a run."""
-    path = Path(job.directory) / job.model.init_from
-    folder = path / rundir.CHECKPOINTS
-    generations = checkpoint.generations(folder) if folder.is_dir() else [path]
-    if not generations:
-        raise CheckpointError(
-            f"model.init_from = {job.model.init_from!r}",
-            expected="a run directory with checkpoints, or one checkpoint",
-            found="none there",
-            cure="name the directory that holds job.toml and checkpoints/",
-        )
-    snapshot = checkpoint.read(generations[0])
-    if snapshot.manifest["layout"] != a.model.layout.describe():
-        raise ModelError(
-            f"model.init_from = {job.model.init_from!r}",
-            expected="the tensors of this job's model: " + _tensors(a.model.layout.describe()),
-            found=_tensors(snapshot.manifest["layout"]),
-            cure="use the same layers as the run it comes from",
-        )
-    return snapshot.groups.get("best", snapshot.groups["weights"])
-
-
-def _tensors(described: list[list[Any]]) -> str:
-    return ", ".join(f"{name} {tuple(shape)}" for name, shape, _ in described)
-
-
-def _kernels(described: Mapping[str, Any]) -> str:
-    return f"{described['kernels']} kernels, numpy {described['numpy']}, {described['blas']}"
-
-
-def _absolute(job: Job) -> Job:
-    """The job with paths that hold wherever its echo is read from."""
-    base = Path(job.directory).resolve()
-
-    def moved(path: str) -> str:
-        return str(base / path) if path and (base / path).exists() else path
-
-    parts: dict[str, Any] = {
-        name: moved(value) if isinstance(value, str) else value
-        for name, value in (("validation", job.data.validation), ("test", job.data.test))
-    }
-    python, colon, function = job.model.python.rpartition(":")
-    model = replace(
-        job.model, python=f"{moved(python)}{colon}{function}" if python else "", init_from=moved(job.model.init_from)
-    )
-    return replace(job, data=replace(job.data, source=moved(job.data.source), **parts), model=model)

@@ -100,7 +100,7 @@ class Worker:
         self.compute_seconds = 0.0
         self.wait_seconds = 0.0
         self.stopped_by = 0
-        self._pending: Exception | None = None
+        self._pending: BaseException | None = None
         self._plan = accumulator.schedule(*exchange.membership.mine)
 
     def run(self, state: State) -> State:
@@ -117,11 +117,11 @@ class Worker:
     def step(self, state: State) -> tuple[State, Verdict]:
         """One iteration. A failure here is told to all workers before it is raised."""
         started = time.perf_counter()
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             self._raise_pending()
             partials = self._partials(state)
-        except Exception as error:
+        except BaseException as error:  # a model's sys.exit() must not leave the others waiting
             failure, partials = error, self._nothing()
         compute = time.perf_counter() - started
         code = exit_code(failure) if failure else 0
@@ -153,12 +153,12 @@ class Worker:
         membership = self.exchange.membership
         total = self.evaluator.blocks(part)
         lo, hi = membership.share(membership.rank, total)
-        failure: Exception | None = None
+        failure: BaseException | None = None
         rows = np.zeros((hi - lo, self.evaluator.width))
         try:
             with np.errstate(all="ignore"):
                 rows = self.evaluator.sums(weights, part, lo, hi)
-        except Exception as error:
+        except BaseException as error:
             failure = error
         report = Report(failure=exit_code(failure) if failure else 0)
         with told(failure, self.exchange.communicator, step, "evaluation"):
@@ -169,7 +169,7 @@ class Worker:
         """Let the watcher act; what it raises is told to all workers with the next step."""
         try:
             action()
-        except Exception as error:
+        except BaseException as error:
             self._pending = self._pending or error
 
     def _raise_pending(self) -> None:
@@ -223,7 +223,7 @@ class Worker:
 
 
 @contextmanager
-def told(failure: Exception | None, communicator: Communicator, step: int, phase: str) -> Iterator[None]:
+def told(failure: BaseException | None, communicator: Communicator, step: int, phase: str) -> Iterator[None]:
     """Around a collective call that tells the others of one's own failure: afterwards the failure is raised.
 
     Only the lowest rank that failed raises its own; all others leave quietly with PeerFailed.
@@ -243,11 +243,11 @@ def together(communicator: Communicator, phase: str, action: Callable[[], T]) ->
 
     The lowest rank that fails raises its own error, the others PeerFailed.
     """
-    failure: Exception | None = None
+    failure: BaseException | None = None
     value: T | None = None
     try:
         value = action()
-    except Exception as error:
+    except BaseException as error:
         failure = error
     with told(failure, communicator, 0, phase):
         for rank, code in enumerate(communicator.allgather_json(exit_code(failure) if failure else 0, phase)):
@@ -256,7 +256,7 @@ def together(communicator: Communicator, phase: str, action: Callable[[], T]) ->
     return value  # type: ignore[return-value]
 
 
-def named(failure: Exception, rank: int, step: int, phase: str) -> DptrainError:
+def named(failure: BaseException, rank: int, step: int, phase: str) -> DptrainError:
     """A failure as the one line that says who, where, at which step, in which phase, and why."""
     if isinstance(failure, DptrainError):
         return failure

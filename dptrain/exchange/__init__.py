@@ -1,0 +1,1 @@
+"""The ways from partials to the next state."""

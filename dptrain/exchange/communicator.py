@@ -57,8 +57,14 @@ class Communicator(Protocol):
     def broadcast(self, vector: Array, phase: str) -> None:
         """Replace ``vector`` by rank 0's."""
 
+    def barrier(self, phase: str) -> None:
+        """Return when all workers have come here."""
+
     def first_on_node(self) -> bool:
         """Whether this worker is the lowest of those on its machine."""
+
+    def on_one_machine(self) -> bool:
+        """Whether all workers are on the same machine; the same answer for all."""
 
     def abort(self, code: int) -> None:
         """End all workers now; for when they can't be told."""
@@ -97,8 +103,15 @@ class Alone:
     def broadcast(self, vector: Array, phase: str) -> None:
         """Rank 0's."""
 
+    def barrier(self, phase: str) -> None:
+        """Everyone is here."""
+
     def first_on_node(self) -> bool:
         """The only one."""
+        return True
+
+    def on_one_machine(self) -> bool:
+        """Of course."""
         return True
 
     def abort(self, code: int) -> None:

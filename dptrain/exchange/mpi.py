@@ -24,39 +24,40 @@ if TYPE_CHECKING:
     from dptrain.exchange.communicator import Message, Posted
     from dptrain.layout import Array
 
-ENVIRONMENT = {
-    # MPICH copies large messages with process_vm_readv, which a container without CAP_SYS_PTRACE forbids.
-    "MPIR_CVAR_CH4_CMA_ENABLE": "0",
-    # Open MPI tries UCX for shared windows and complains where there is none.
-    "OMPI_MCA_osc": "^ucx",
-}
+CMA = "MPIR_CVAR_CH4_CMA_ENABLE"
+"""Whether MPICH may copy large messages straight from another process's memory."""
 
-_POLLS_BEFORE_YIELD = 1
+_POLLS_BEFORE_YIELD = 2_000
 
 
 def vendor() -> str:
     """The MPI that mpi4py loads here, such as ``MPICH 5.0.2``, without initialising it."""
-    import mpi4py
-
-    mpi4py.rc.initialize = False
-    from mpi4py import MPI
-
+    MPI = _load()
     name, version = MPI.get_vendor()
     return f"{name} {'.'.join(map(str, version))}"
 
 
-def connect(deadline: float = 600.0) -> Mpi:
-    """Initialise MPI, once a process, and return the communicator of all its workers."""
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
+def _load() -> Any:
+    """mpi4py's MPI, not initialised; it reads its settings once, when it is first imported."""
     import mpi4py
 
     mpi4py.rc.initialize = False
     mpi4py.rc.finalize = True
-    mpi4py.rc.thread_level = "serialized"
     from mpi4py import MPI
 
+    return MPI
+
+
+def connect(deadline: float = 600.0) -> Mpi:
+    """Initialise MPI, once a process, and return the communicator of all its workers."""
+    MPI = _load()
     if not MPI.Is_initialized():
+        # Open MPI tries UCX for shared windows and complains where there is none.
+        os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+        if MPI.get_vendor()[0] == "MPICH" and CMA not in os.environ:
+            from dptrain.exchange.memory_access import permitted
+
+            os.environ[CMA] = "1" if permitted() else "0"
         MPI.Init_thread(MPI.THREAD_SERIALIZED)
     return Mpi(MPI.COMM_WORLD.Dup(), deadline)
 
@@ -74,6 +75,10 @@ class Mpi:
         self.library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip()
         self.deadline = deadline
         self.agreed = False
+        # Whoever has a core of its own may keep it while it waits; where workers share cores, waiting gives it away.
+        crowded = _local_size() > len(os.sched_getaffinity(0))
+        self._polls = 1 if crowded else _POLLS_BEFORE_YIELD
+        self._node: tuple[int, int] | None = None
         self._rows: dict[int, npt.NDArray[np.float64]] = {}
 
     def split(self, color: int | None) -> Mpi | None:
@@ -127,10 +132,19 @@ class Mpi:
 
     def first_on_node(self) -> bool:
         """See Communicator."""
-        local = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank)
-        first = local.Get_rank() == 0
-        local.Free()
-        return bool(first)
+        return self._on_node()[0] == 0
+
+    def on_one_machine(self) -> bool:
+        """See Communicator."""
+        return bool(self._on_node()[1] == self.size)
+
+    def _on_node(self) -> tuple[int, int]:
+        """This worker's number among those on its machine, and how many they are."""
+        if self._node is None:
+            local = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank)
+            self._node = local.Get_rank(), local.Get_size()
+            local.Free()
+        return self._node
 
     def barrier(self, phase: str) -> None:
         """Return when all workers have come here."""
@@ -142,7 +156,7 @@ class Mpi:
 
     def _wait(self, requests: list[Any], phase: str) -> None:
         testall = self._mpi.Request.Testall
-        for _ in range(_POLLS_BEFORE_YIELD):
+        for _ in range(self._polls):
             if testall(requests):
                 return
         until = time.monotonic() + self.deadline
@@ -155,6 +169,14 @@ class Mpi:
                     found="no answer",
                     cure="see what the others do, or raise exchange.deadline",
                 )
+
+
+def _local_size() -> int:
+    """The workers on this machine, as the launcher says; 1 where it doesn't."""
+    for variable in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if os.environ.get(variable, "").isdigit():
+            return int(os.environ[variable])
+    return 1
 
 
 class _Requests:

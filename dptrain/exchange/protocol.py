@@ -43,10 +43,17 @@ class Exchange(ABC):
         self.membership = membership
         self.update = update
         self.dtype = dtype
-        self.outbox: Array = np.zeros((max(1, outbox), update.layout.size), dtype)
-        self.store = Store(update.layout, len(update.optimizer.slots), dtype)
+        self.outbox: Array
+        self.store: Store
+        self._allocate(max(1, outbox))
         self.waited = 0.0
         self.ballot = Ballot(membership, self.squares_of_workers(), update.clip_norm)
+
+    def _allocate(self, outbox: int) -> None:
+        """The memory of the partials, ``outbox`` rows, and of the state."""
+        layout = self.update.layout
+        self.outbox = np.zeros((outbox, layout.size), self.dtype)
+        self.store = Store(layout, len(self.update.optimizer.slots), self.dtype)
 
     @abstractmethod
     def squares_of_workers(self) -> Sequence[int]:

@@ -39,24 +39,28 @@ class Segments(Exchange):
         cuts = segments(update.layout.size, coordinators)
         empty = (update.layout.size, update.layout.size)
         self.segments = cuts + [empty] * (membership.size - coordinators)
+        self.lo, self.hi = self.segments[membership.rank]
+        self._sum: Array
         super().__init__(communicator, membership, update, dtype, outbox)
-        rank = membership.rank
-        self.lo, self.hi = self.segments[rank]
-        self._sum: Array = np.zeros(update.layout.size, dtype)
+        everyone = [node for nodes in membership.nodes for node in nodes]
+        self._plan = additions(everyone, Node(0, membership.shards))
+
+    def _allocate(self, outbox: int) -> None:
+        super()._allocate(outbox)
+        membership, rank = self.membership, self.membership.rank
+        self._sum = np.zeros(self.update.layout.size, self.dtype)
         foreign = [
             (peer, i, node)
             for peer, nodes in enumerate(membership.nodes)
             if peer != rank and self.lo < self.hi
             for i, node in enumerate(nodes)
         ]
-        self._inbox: Array = np.zeros((len(foreign), self.hi - self.lo), dtype)
+        self._inbox: Array = np.zeros((len(foreign), self.hi - self.lo), self.dtype)
         self._values: dict[Node, Array] = {}
         self._receives = []
         for row, (peer, i, node) in zip(self._inbox, foreign, strict=True):
             self._receives.append(Message(peer, row, i))
             self._values[node] = row
-        everyone = [node for nodes in membership.nodes for node in nodes]
-        self._plan = additions(everyone, Node(0, membership.shards))
         others = [peer for peer in range(membership.size) if peer != rank]
         self._hand_out = [Message(peer, self._sum[self.lo : self.hi], 0) for peer in others if self.lo < self.hi]
         self._take_in = [
@@ -66,9 +70,8 @@ class Segments(Exchange):
         ]
 
     def squares_of_workers(self) -> Sequence[int]:
-        """The blocks of each coordinator's segment that belong to parameters."""
-        end = self.update.layout.parameters
-        return [max(0, -(-(min(hi, end) - lo) // BLOCK)) for lo, hi in self.segments]
+        """The blocks of each coordinator's segment."""
+        return [-(-(hi - lo) // BLOCK) for lo, hi in self.segments]
 
     def finish(self, partials: Partials) -> npt.NDArray[np.float64]:
         """Send the others their segments, add up one's own."""
@@ -88,6 +91,7 @@ class Segments(Exchange):
         return self.update.squares(self._sum, self.lo, self.hi)
 
     def _add(self, values: dict[Node, Array]) -> None:
+        """The sum of one's own segment, from all nodes' parts of it."""
         goal = Node(0, self.membership.shards)
         total = self._sum[self.lo : self.hi]
         if not self._plan:
@@ -104,11 +108,10 @@ class Segments(Exchange):
     def commit(self, state: State, verdict: Verdict) -> None:
         """Hand the finished sums out, and update one's own segment while they travel."""
         posted: Posted = self.communicator.post(self._hand_out, self._take_in, "sums")
-        self._apply(state, self.lo, self.hi, verdict)
-        posted.wait()
-        self._apply(state, 0, self.lo, verdict)
-        self._apply(state, self.hi, self.update.layout.size, verdict)
+        for lo, hi in ((self.lo, self.hi), (0, self.lo), (self.hi, self.update.layout.size)):
+            if lo < hi:
+                self._apply(state, lo, hi, verdict)
+            posted.wait()
 
     def _apply(self, state: State, lo: int, hi: int, verdict: Verdict) -> None:
-        if lo < hi:
-            self.update.apply(state, self.store, self._sum, lo, hi, scale=verdict.scale, rows=verdict.rows)
+        self.update.apply(state, self.store, self._sum, lo, hi, scale=verdict.scale, rows=verdict.rows)

@@ -10,20 +10,23 @@ from dptrain.job.spec import LAUNCH, STOPPING, Job
 
 
 class JobDigest(NamedTuple):
-    """``job`` covers all that decides the result's bits; ``trajectory`` the same without the stopping rule.
+    """``job`` covers all that decides the result's bits.
 
-    Two jobs of one trajectory pass through the same states: one can go on from the other's checkpoint.
+    Two jobs of one ``trajectory`` pass through the same weights: one can go on from the other's checkpoint. Where
+    evaluations decide when to stop or what to keep, they must be made alike too: ``judging`` covers how.
     """
 
     job: str
     trajectory: str
+    judging: str
 
 
 def digest_job(job: Job, *, data: str, model: str, start: str, decay_steps: int) -> JobDigest:
     """The digests of a job, with those of what it refers to.
 
     ``data`` is the data's digest, ``model`` that of a Python model's source (or ""), ``start`` that of the weights
-    it starts from (or ""), ``decay_steps`` the length of the schedule, which may follow from the stopping rule.
+    it starts from (or ""), ``decay_steps`` the length of the schedule's decay, which may follow from the stopping rule
+    (0 where it has none).
     """
     decisive = _decisive(job)
     data_section = decisive["data"]
@@ -35,18 +38,16 @@ def digest_job(job: Job, *, data: str, model: str, start: str, decay_steps: int)
     decisive["data"]["digest"] = data
     decisive["model"].update(python=model, init_from=start)
     decisive["optimizer"]["schedule"]["decay_steps"] = decay_steps
-    if not needs_validation(job):
-        for key in ("evaluate_steps", "evaluate_rows"):
-            decisive["train"].pop(key)
-        decisive["train"]["stop"] = {}
-        for key in ("metrics", "top_k"):
-            decisive["loss"].pop(key)
-    whole = _sha256(decisive)
+    whole = _sha256(decisive) if needs_validation(job) else ""
+    train, loss = decisive["train"], decisive["loss"]
+    judging = [train.pop("stop"), *(train.pop(key) for key in ("evaluate_steps", "evaluate_rows"))]
+    judging += [loss.pop(key) for key in ("metrics", "top_k")]
+    whole = whole or _sha256(decisive)
     for key in _stopping(job.train):
-        decisive["train"].pop(key, None)
+        train.pop(key)
     for key in _stopping(job.train.stop):
-        decisive["train"]["stop"].pop(key, None)
-    return JobDigest(whole, _sha256(decisive))
+        judging[0].pop(key)
+    return JobDigest(whole, _sha256(decisive), _sha256(judging))
 
 
 def _decisive(spec: Any) -> Any:

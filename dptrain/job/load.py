@@ -10,10 +10,10 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from dptrain.errors import JobError
-from dptrain.job.spec import LAYERS, Job, Spec, plain
+from dptrain.job.spec import LAYERS, Job, Layer, plain, rebuild
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -48,16 +48,26 @@ EMBEDDED: dict[str, Any] = {
 """The job that plain ``dptrain`` runs where there is no dptrain.toml."""
 
 
-def load_job(path: Path | None, sets: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Job:
+def load_job(
+    path: Path | None,
+    sets: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    *,
+    own_model: bool = False,
+) -> Job:
     """The checked job of a TOML file, or the embedded default job where ``path`` is None.
 
     ``sets`` are ``key=value`` overrides with dotted keys and TOML values; ``environ`` is searched for DPTRAIN_
-    variables. Raises JobError for anything that is not as the job's schema says.
+    variables. ``own_model`` as in :func:`complete`. Raises JobError for anything that is not as the job's schema says.
     """
     origin: dict[tuple[str | int, ...], str] = {}
     name = "the embedded job" if path is None else str(path)
+    variables = list(_environment(environ or {}))
+    if path is None and not sets and not variables:
+        # It needs no checking (a test does that), and pydantic is slow to import.
+        return complete(rebuild(Job, EMBEDDED), name)
     content: dict[str, Any] = json.loads(json.dumps(EMBEDDED)) if path is None else _read(path)
-    for key, value in _environment(environ or {}):
+    for key, value in variables:
         _put(content, key, value, origin, f"environment variable {_variable(key)}")
     for assignment in sets:
         key, value = _assignment(assignment)
@@ -72,7 +82,7 @@ def load_job(path: Path | None, sets: Sequence[str] = (), environ: Mapping[str, 
             cure="remove it: paths are meant from the job file",
         )
     content["directory"] = "." if path is None else str(path.parent)
-    return complete(check(content, name, origin), name)
+    return complete(check(content, name, origin), name, own_model=own_model)
 
 
 def check(content: Mapping[str, Any], name: str, origin: Mapping[tuple[str | int, ...], str] | None = None) -> Job:
@@ -88,7 +98,7 @@ def check(content: Mapping[str, Any], name: str, origin: Mapping[tuple[str | int
         return TypeAdapter(Job).validate_json(text, strict=True)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=True)
-        raise _told(_most_telling(details, layers), name, origin or {}) from None
+        raise _told(details, layers, name, origin or {}) from None
     except TypeError as error:
         raise JobError(
             name,
@@ -98,9 +108,12 @@ def check(content: Mapping[str, Any], name: str, origin: Mapping[tuple[str | int
         ) from None
 
 
-def complete(job: Job, name: str = "the job") -> Job:
-    """The job with what follows from other keys filled in, and keys that contradict each other refused."""
-    train, model = job.train, job.model
+def complete(job: Job, name: str = "the job", *, own_model: bool = False) -> Job:
+    """The job with what follows from other keys filled in, and keys that contradict each other refused.
+
+    ``own_model``: the model is an object of the user's own, so [model] names none.
+    """
+    train = job.train
     if train.shards is None:
         job = replace(job, train=replace(train, shards=min(DEFAULT_SHARDS, train.batch_size)))
     elif train.shards > train.batch_size:
@@ -118,13 +131,7 @@ def complete(job: Job, name: str = "the job") -> Job:
             found=f"epochs = {train.epochs}, steps = {train.steps}",
             cure="remove one" if both else "say how long to train, such as train.epochs = 10",
         )
-    if bool(model.layers) == bool(model.python):
-        raise JobError(
-            f"{name}: model",
-            expected='either model.layers or model.python = "file.py:function"',
-            found="both" if model.python else "neither",
-            cure="`dptrain init` writes a job file to start from",
-        )
+    _refuse_models(job, name, own_model)
     if job.optimizer.nesterov and job.optimizer.momentum == 0:
         raise JobError(
             f"{name}: optimizer.nesterov",
@@ -141,6 +148,25 @@ def complete(job: Job, name: str = "the job") -> Job:
             cure="set data.validation, such as 0.1",
         )
     return job
+
+
+def _refuse_models(job: Job, name: str, own_model: bool) -> None:
+    given = [key for key, value in (("layers", job.model.layers), ("python", job.model.python)) if value]
+    if len(given) == (0 if own_model else 1):
+        return
+    if own_model:
+        raise JobError(
+            f"{name}: model.{given[0]}",
+            expected="no model in the job beside the object that is given",
+            found=" and ".join(given),
+            cure="leave it out of the job, or the object out of the call",
+        )
+    raise JobError(
+        f"{name}: model",
+        expected='either model.layers or model.python = "file.py:function"',
+        found="both" if given else "neither",
+        cure="remove one" if given else "`dptrain init` writes a job file to start from",
+    )
 
 
 def needs_validation(job: Job) -> bool:
@@ -254,46 +280,82 @@ def _refuse(value: Any) -> Any:
     raise TypeError(f"{value!r}")
 
 
-def _most_telling(details: "list[ErrorDetails]", layers: Any) -> "ErrorDetails":
-    """The union of layers reports a failure for every member: the one of the layer's own type is meant."""
-    for detail in details:
-        loc = detail["loc"]
-        if loc[:2] == ("model", "layers") and len(loc) > 3:
-            if loc[3] == LAYERS[layers[loc[2]]["type"]].__name__:
-                return detail
-        else:
-            return detail
-    return details[0]
+class _Place(NamedTuple):
+    """Where an error lies: ``keys`` of the job, ``spec`` the class of the innermost table."""
+
+    keys: tuple[str | int, ...]
+    spec: Any
+
+    def __str__(self) -> str:
+        text = ""
+        for part in self.keys:
+            text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        return text
 
 
-def _told(detail: "ErrorDetails", name: str, origin: Mapping[tuple[str | int, ...], str]) -> JobError:
-    loc = [part for part in detail["loc"] if not (isinstance(part, str) and part[:1].isupper())]
-    loc = [part for part in loc if part not in ("constrained-float", "constrained-int", "str", "none")]
-    key = ""
-    for part in loc:
-        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
-    place = next((where for at, where in origin.items() if tuple(loc[: len(at)]) == at), name)
-    if detail["type"] == "unexpected_keyword_argument":
-        allowed = _keys_at(loc[:-1])
-        near = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
-        return JobError(
-            f"{place}: {key}",
-            expected="one of the keys " + ", ".join(allowed),
-            found=f"unknown key {loc[-1]!r}",
-            cure=f"did you mean {near[0]!r}?" if near else "remove it",
-        )
-    message = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    message = "a value" if detail["type"].startswith("missing") else message
-    found = "nothing" if detail["type"].startswith("missing") else repr(detail["input"])
-    return JobError(f"{place}: {key}", expected=message, found=found, cure="correct the value")
-
-
-def _keys_at(loc: Sequence[str | int]) -> list[str]:
+def _place(loc: Sequence[str | int]) -> _Place:
+    """The keys of a location, without what the checker adds to it: classes and kinds of the members of a union."""
+    keys: list[str | int] = []
+    spec: Any = Job
     at: Any = Job
     for part in loc:
-        hint = get_type_hints(at).get(str(part)) if is_dataclass(at) else None
-        if isinstance(hint, type) and issubclass(hint, Spec):
-            at = hint
-        elif part == "layers" or isinstance(part, int):
-            return sorted({f.name for cls in LAYERS.values() for f in fields(cls)})  # type: ignore[arg-type]
-    return [f.name for f in fields(at) if f.name != "directory"]
+        if at == Layer:
+            at = spec = next(cls for cls in LAYERS.values() if cls.__name__ == part)
+            continue
+        if not (is_dataclass(at) or get_origin(at) in (tuple, Mapping)):
+            break
+        keys.append(part)
+        hints = get_type_hints(at) if is_dataclass(at) else {}
+        at = hints.get(str(part)) if hints else get_args(at)[0] if get_origin(at) is tuple else None
+        spec = at if is_dataclass(at) else spec
+    return _Place(tuple(keys), spec)
+
+
+def _told(
+    details: "list[ErrorDetails]", layers: Any, name: str, origin: Mapping[tuple[str | int, ...], str]
+) -> JobError:
+    """The first error; a union reports one for every member, of which those of the meant place are put together."""
+
+    def meant(detail: "ErrorDetails") -> bool:
+        loc = detail["loc"]
+        layer = loc[:2] == ("model", "layers") and len(loc) > 3
+        return not layer or loc[3] == LAYERS[layers[loc[2]]["type"]].__name__
+
+    told = [detail for detail in details if meant(detail)] or details
+    # A misspelt key tells more than that the right one is missing.
+    told = sorted(told, key=lambda detail: detail["type"] != "unexpected_keyword_argument")
+    first = told[0]
+    at = _place(first["loc"])
+    source = next((where for keys, where in origin.items() if at.keys[: len(keys)] == keys), name)
+    if first["type"] == "unexpected_keyword_argument":
+        unknown = str(first["loc"][-1])
+        allowed = [f.name for f in fields(at.spec) if f.name != "directory"]
+        near = difflib.get_close_matches(unknown.lower(), allowed, n=1)
+        return JobError(
+            f"{source}: {at}",
+            expected="one of the keys " + ", ".join(allowed),
+            found=f"unknown key {unknown!r}",
+            cure=f"did you mean {near[0]!r}?" if near else "remove it",
+        )
+    same = dict.fromkeys(_wanted(detail) for detail in told if _place(detail["loc"]) == at)
+    missing, found = first["type"].startswith("missing"), repr(first["input"])
+    return JobError(
+        f"{source}: {at}",
+        expected=" or ".join(same),
+        found="nothing" if missing else found if len(found) < 100 else found[:97] + "...",
+        cure="add it" if missing else "correct the value",
+    )
+
+
+def _wanted(detail: "ErrorDetails") -> str:
+    kind = detail["type"]
+    if kind.startswith("missing"):
+        return "this key"
+    if kind in ("dataclass_type", "dict_type", "mapping_type"):
+        return "a table"
+    if kind in ("tuple_type", "list_type"):
+        return "a list"
+    if kind == "bool_type":
+        return "true or false"
+    message = detail["msg"].removeprefix("Input should be ")
+    return f"a number {message}" if kind.startswith(("greater", "less")) else message

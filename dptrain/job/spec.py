@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
-
 S = TypeVar("S")
 
 
@@ -26,20 +24,53 @@ class Role(Enum):
 LAUNCH = {"role": Role.LAUNCH}
 STOPPING = {"role": Role.STOPPING}
 
-Count = Annotated[int, Ge(1)]
-Natural = Annotated[int, Ge(0)]
-Positive = Annotated[float, Gt(0)]
-NonNegative = Annotated[float, Ge(0)]
-Share = Annotated[float, Ge(0), Lt(1)]
+
+class Bound:
+    """A number's limits, as metadata of its type: ``Bound(ge=1)``. pydantic's own classes would be slow to import."""
+
+    def __init__(self, **limits: float) -> None:
+        self.limits = limits
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """The type's own schema with the limits added (pydantic's hook for metadata)."""
+        return {**handler(source), **self.limits}
+
+
+Count = Annotated[int, Bound(ge=1)]
+Natural = Annotated[int, Bound(ge=0)]
+Positive = Annotated[float, Bound(gt=0)]
+NonNegative = Annotated[float, Bound(ge=0)]
+Share = Annotated[float, Bound(ge=0, lt=1)]
 
 
 class Spec:
-    """Base of all parts of a job: unknown keys are refused, numbers must be finite."""
+    """Base of all parts of a job: unknown keys are refused, numbers must be finite, nothing changes once it is set.
+
+    Equality and the rest are here and not in each class, as ``dataclass`` would have it: compiling six methods for
+    each of thirty classes took a third of a rank's start.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            raise AttributeError(
+                f"{type(self).__name__}.{name} is set already; dataclasses.replace makes a changed copy"
+            )
+        object.__setattr__(self, name, value)
 
-@dataclass(frozen=True, kw_only=True)
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value!r}" for name, value in self.__dict__.items())
+        return f"{type(self).__name__}({values})"
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
 class Synthetic(Spec):
     """Random data for benchmarks: a seeded random teacher with noise. ``classes`` 0 makes it a regression."""
 
@@ -49,7 +80,7 @@ class Synthetic(Spec):
     noise: NonNegative = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Data(Spec):
     """Where the rows come from and how they are read.
 
@@ -75,12 +106,12 @@ class Data(Spec):
     max_categories: Count = 1_000
     nan: Literal["error", "skip"] = "error"
     label_normalise: Literal["none", "standard"] = "none"
-    delimiter: Annotated[str, "one character"] = ","
+    delimiter: str = ","
     max_bytes: Count = field(default=1 << 36, metadata=LAUNCH)
     synthetic: Synthetic = field(default_factory=Synthetic)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Linear(Spec):
     """y = x W + b over the last axis."""
 
@@ -90,7 +121,7 @@ class Linear(Spec):
     init: Literal["he", "glorot", "uniform"] = "he"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Conv2d(Spec):
     """A 2-D convolution over (height, width, channels)."""
 
@@ -103,7 +134,7 @@ class Conv2d(Spec):
     init: Literal["he", "glorot", "uniform"] = "he"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class MaxPool2d(Spec):
     """The maximum of each window; ``stride`` 0 means the kernel's size."""
 
@@ -112,7 +143,7 @@ class MaxPool2d(Spec):
     stride: Natural = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class AvgPool2d(Spec):
     """The mean of each window; ``stride`` 0 means the kernel's size."""
 
@@ -121,21 +152,21 @@ class AvgPool2d(Spec):
     stride: Natural = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Flatten(Spec):
     """All axes of a sample become one."""
 
     type: Literal["flatten"] = "flatten"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Relu(Spec):
     """max(x, 0)."""
 
     type: Literal["relu"] = "relu"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class LeakyRelu(Spec):
     """x where positive, slope * x elsewhere."""
 
@@ -143,28 +174,28 @@ class LeakyRelu(Spec):
     slope: Share = 0.01
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Gelu(Spec):
     """The tanh form of the Gaussian error linear unit."""
 
     type: Literal["gelu"] = "gelu"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Tanh(Spec):
     """tanh x."""
 
     type: Literal["tanh"] = "tanh"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Sigmoid(Spec):
     """1 / (1 + exp(-x))."""
 
     type: Literal["sigmoid"] = "sigmoid"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Dropout(Spec):
     """Zeroes a share ``rate`` of the elements while training and scales the rest up."""
 
@@ -172,16 +203,16 @@ class Dropout(Spec):
     rate: Share = 0.5
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class BatchNorm(Spec):
     """Normalises each channel (last axis) over the real rows of its shard."""
 
     type: Literal["batch_norm"] = "batch_norm"
-    momentum: Annotated[float, Gt(0), Le(1)] = 0.1
+    momentum: Annotated[float, Bound(gt=0, le=1)] = 0.1
     eps: Positive = 1e-5
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class LayerNorm(Spec):
     """Normalises the last axis of each sample."""
 
@@ -189,7 +220,7 @@ class LayerNorm(Spec):
     eps: Positive = 1e-5
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Embedding(Spec):
     """Row i of a table of ``vocabulary`` rows for each integer i of the input."""
 
@@ -216,7 +247,7 @@ Layer = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Model(Spec):
     """A list of layers, or ``python = "file.py:function"`` for a model of one's own."""
 
@@ -226,7 +257,7 @@ class Model(Spec):
     init_from: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Loss(Spec):
     """What is minimised. ``auto``: cross-entropy for classes, mean squared error for numbers."""
 
@@ -238,19 +269,19 @@ class Loss(Spec):
     top_k: Count = 5
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Schedule(Spec):
     """How the learning rate moves. Lengths are in steps; ``decay_steps`` 0 means the whole of the training."""
 
     type: Literal["constant", "step", "cosine"] = "constant"
     warmup_steps: Natural = 0
     step_size: Count = 1_000
-    gamma: Annotated[float, Gt(0), Le(1)] = 0.1
+    gamma: Annotated[float, Bound(gt=0, le=1)] = 0.1
     decay_steps: Natural = 0
     minimum: NonNegative = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Optimizer(Spec):
     """How weights follow gradients. ``clip_norm`` 0 means no clipping."""
 
@@ -266,7 +297,7 @@ class Optimizer(Spec):
     schedule: Schedule = field(default_factory=Schedule)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Stop(Spec):
     """A convergence criterion on the validation part: a target reached, or ``patience`` evaluations without a gain.
 
@@ -279,7 +310,7 @@ class Stop(Spec):
     min_delta: NonNegative = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Train(Spec):
     """How long and in which slices. Exactly one of ``epochs`` and ``steps`` is above 0.
 
@@ -299,7 +330,7 @@ class Train(Spec):
     dtype: Literal["float32", "float64"] = "float32"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Arithmetic(Spec):
     """``native``: this CPU's kernels. ``portable``: kernels that every x86-64 machine with AVX2 has.
 
@@ -311,16 +342,20 @@ class Arithmetic(Spec):
     accept_other: bool = field(default=False, metadata=LAUNCH)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Exchange(Spec):
-    """How partials meet. ``coordinators`` 0 means every worker; ``deadline`` is in seconds."""
+    """How partials meet. ``coordinators`` 0 means every worker; ``deadline`` is in seconds.
+
+    ``shared_memory``: on one machine, ``segments`` keeps partials and state in memory that all workers share.
+    """
 
     type: Literal["auto", "solo", "segments", "allreduce"] = "auto"
     coordinators: Natural = 0
+    shared_memory: bool = True
     deadline: Positive = 600.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Output(Spec):
     """What a run writes and when. ``journal_steps`` 0 means as often as keeps the journal small."""
 
@@ -331,12 +366,12 @@ class Output(Spec):
     generations: Count = 3
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Job(Spec):
     """One training job: everything that decides the bits of its result, and how to launch it."""
 
     name: str = field(default="job", metadata=LAUNCH)
-    seed: Annotated[int, Ge(0), Lt(1 << 63)] = 0
+    seed: Annotated[int, Bound(ge=0, lt=1 << 63)] = 0
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)

@@ -1,0 +1,1 @@
+"""Layers, losses and metrics, and what runs them over shards."""

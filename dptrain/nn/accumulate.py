@@ -72,7 +72,7 @@ class Loss(Protocol):
 
 @dataclass
 class Partials:
-    """Gradient sums of nodes of the tree: row i of ``vectors`` (m, size) and of ``tallies`` (m, 3) is ``nodes[i]``'s."""
+    """Gradient sums of nodes of the tree: row i of ``vectors`` (m, size) and ``tallies`` (m, 3) is that of ``nodes[i]``."""
 
     nodes: Sequence[Node]
     vectors: Array
@@ -80,7 +80,10 @@ class Partials:
 
 
 class _Step(NamedTuple):
-    """target = left + right, or a copy where right is None; places are rows of the scratch (>= 0) or ~row of the slots."""
+    """target = left + right, or a copy where right is None.
+
+    Places are rows of the scratch (>= 0) or ~row of the slots.
+    """
 
     target: int
     left: int
@@ -160,13 +163,13 @@ def _redirect(batch: _Batch, part: Node, place: int, slot: int) -> None:
 
 
 class _Adder:
-    """The sink of one batch: hands out memory for k gradients and adds them as the schedule says."""
+    """The sink of one schedule: hands out memory for k gradients and adds them as it says, into ``slots``."""
 
-    def __init__(self, layout: Layout, slots: Array, tallies: npt.NDArray[np.float64], workspace: Workspace) -> None:
+    def __init__(self, layout: Layout, slots: Array, workspace: Workspace) -> None:
         self._layout = layout
         self._slots = slots
-        self._tallies = tallies
         self._workspace = workspace
+        self._views: dict[int, tuple[Array, dict[str, Array]]] = {}
         self._open: dict[str, tuple[int, Array]] = {}
         self._free: list[int] = []
         self._scratch = 0
@@ -175,13 +178,21 @@ class _Adder:
         """Start a batch: every tensor is opened and closed once."""
         self._batch = batch
         self._k = batch.hi - batch.lo
-        self._whole: Array | None = None
+        whole: Array | None = None
         if batch.direct is not None:
-            self._whole = self._slots[batch.direct : batch.direct + 1]
+            whole = self._slots[batch.direct : batch.direct + 1]
         elif self._k * self._layout.size <= _WHOLE:
-            self._whole = self._workspace.array("gradients", (self._k, self._layout.size), self._slots.dtype)
-        if self._whole is not None:
-            self._tensors = self._layout.views(self._whole)
+            whole = self._workspace.array("gradients", (self._k, self._layout.size), self._slots.dtype)
+        self._whole = whole
+        if whole is not None:
+            self._tensors = self._views_of(batch.lo, whole)
+
+    def _views_of(self, lo: int, whole: Array) -> dict[str, Array]:
+        """The tensors in the memory of a batch, the same every step."""
+        known = self._views.get(lo)
+        if known is None or known[0].ctypes.data != whole.ctypes.data or known[0].shape != whole.shape:
+            known = self._views[lo] = whole, self._layout.views(whole)
+        return known[1]
 
     def open(self, name: str) -> Array:
         """See Sink."""
@@ -191,7 +202,9 @@ class _Adder:
         if not self._free:
             self._free.append(self._scratch)
             self._scratch += 1
-        number = self._free.pop()
+        # The first of a layer's tensors, its large one, always finds the same memory.
+        number = min(self._free)
+        self._free.remove(number)
         flat = self._workspace.array(("gradient", number), (self._k, entry.stop - entry.start), self._slots.dtype)
         self._open[name] = number, flat
         return flat.reshape(self._k, *entry.shape)
@@ -204,13 +217,13 @@ class _Adder:
             self._add(flat, self._slots[:, entry.start : entry.stop])
             self._free.append(number)
 
-    def end(self, tallies: npt.NDArray[np.float64]) -> None:
-        """Finish a batch with its tallies, (k, 3)."""
+    def end(self, tallies: npt.NDArray[np.float64], into: npt.NDArray[np.float64]) -> None:
+        """Finish a batch with its tallies, (k, 3), added into those of the slots alike."""
         if self._whole is not None:
             self._add(self._whole, self._slots)
         if self._batch.direct is not None:
-            self._tallies[self._batch.direct] = tallies[0]
-        self._add(tallies, self._tallies)
+            into[self._batch.direct] = tallies[0]
+        self._add(tallies, into)
 
     def _add(self, scratch: Array, slots: Array) -> None:
         for target, left, right in self._batch.steps:
@@ -236,6 +249,14 @@ class Accumulator:
         self.at_once = at_once
         self.workspace = Workspace()
         self.shards_computed = 0
+        self._known: list[tuple[Array, Mapping[str, Array]]] = []
+        self._adder: tuple[Schedule, Array, _Adder] | None = None
+
+    @property
+    def gradient_elements(self) -> int:
+        """About how many numbers of gradient each of the shards taken at once holds before they are added."""
+        sizes = (entry.stop - entry.start for entry in self.model.layout.entries.values())
+        return max(sizes, default=0)
 
     def schedule(self, lo: int, hi: int) -> Schedule:
         """How shards lo to hi will be gone through."""
@@ -251,14 +272,29 @@ class Accumulator:
     ) -> Partials:
         """The partials of the plan's shards at this step; ``load(lo, hi)`` gives the rows of shards lo to hi."""
         tallies = np.zeros((max(1, plan.slots), TALLIES))
-        tensors = self.model.layout.views(weights)
-        sink = _Adder(self.model.layout, outbox, tallies, self.workspace)
+        tensors = self._tensors(weights)
+        sink = self._sink(plan, outbox)
         for batch in plan.batches:
             rows = load(batch.lo, batch.hi)
             sink.begin(batch)
-            sink.end(self.backward(tensors, rows, range(batch.lo, batch.hi), step, sink))
+            sink.end(self.backward(tensors, rows, range(batch.lo, batch.hi), step, sink), tallies)
         m = len(plan.nodes)
         return Partials(plan.nodes, outbox[:m], tallies[:m])
+
+    def _tensors(self, weights: Array) -> Mapping[str, Array]:
+        """The tensors of a vector; those of the two sides of the state are made once."""
+        for vector, tensors in self._known:
+            if vector is weights:
+                return tensors
+        tensors = self.model.layout.views(weights)
+        self._known = [*self._known[-1:], (weights, tensors)]
+        return tensors
+
+    def _sink(self, plan: Schedule, outbox: Array) -> _Adder:
+        """The sink of a schedule, made once."""
+        if self._adder is None or self._adder[0] is not plan or self._adder[1] is not outbox:
+            self._adder = plan, outbox, _Adder(self.model.layout, outbox, self.workspace)
+        return self._adder[2]
 
     def backward(
         self, tensors: Mapping[str, Array], rows: Loaded, shards: range, step: int, sink: Any

@@ -107,6 +107,7 @@ def draw(shape: tuple[int, ...], kind: str, fan_in: int, fan_out: int, rng: np.r
     (Glorot and Bengio, 2010). ``uniform``: uniform in +-1 / sqrt(fan_in).
     """
     if kind == "he":
-        return np.multiply(rng.standard_normal(shape), math.sqrt(2.0 / fan_in))
+        drawn = rng.standard_normal(shape)
+        return np.multiply(drawn, math.sqrt(2.0 / fan_in), out=drawn)
     bound = math.sqrt(6.0 / (fan_in + fan_out)) if kind == "glorot" else 1.0 / math.sqrt(fan_in)
     return rng.uniform(-bound, bound, shape)

@@ -115,6 +115,7 @@ class Model(Protocol):
 
     layout: Layout
     output_shape: tuple[int, ...]
+    dtype: np.dtype[Any]
 
     def initialise(self, vector: Array, seed: int) -> None:
         """Fill a flat vector of ``layout.size`` elements with the start: a function of seed and layout alone."""

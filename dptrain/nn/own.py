@@ -56,7 +56,7 @@ class Own:
         for method in ("parameters", "forward"):
             if not callable(getattr(model, method, None)):
                 raise self._wrong(f"a method {method!r}", "none", "see OwnModel in dptrain.nn.own")
-        self._batched = bool(getattr(model, "batched", False))
+        self.batched = bool(getattr(model, "batched", False))
         self.dtype = np.dtype(dtype)
         self.input_dtype = np.dtype(getattr(model, "input_dtype", self.dtype))
         self.sample_shape = tuple(sample_shape)
@@ -79,7 +79,7 @@ class Own:
         rngs = None
         if run.training:
             rngs = [stream(run.seed, Purpose.MODEL, run.step, shard) for shard in run.shards]
-        parts: list[Any] = [np.s_[:]] if self._batched else list(range(k))
+        parts: list[Any] = [np.s_[:]] if self.batched else list(range(k))
         backwards: list[tuple[Any, OwnBackward]] = []
         for part in parts:
             y, back = self._call(params, x[part], None if rngs is None else rngs[part])
@@ -127,7 +127,7 @@ class Own:
 
     def _probe(self, initial: Mapping[str, Array]) -> tuple[int, ...]:
         """The shape of an output, from two rows of zeros."""
-        lead = (1, 2) if self._batched else (2,)
+        lead = (1, 2) if self.batched else (2,)
         params = {name: _read_only(values.astype(self.dtype)) for name, values in initial.items()}
         with np.errstate(all="ignore"):
             y, _ = self._call(params, np.zeros((*lead, *self.sample_shape), self.input_dtype), None)

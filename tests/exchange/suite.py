@@ -36,9 +36,9 @@ def trained(label: dict[str, Any], it: Job, communicator: Any, folder: Path, **o
     return {**label, **asdict(result)}
 
 
-def with_exchange(name: str, shards: int, kind: str, count: int = 0, **changes: Any) -> Job:
+def with_exchange(name: str, shards: int, kind: str, count: int = 0, shared: bool = True, **changes: Any) -> Job:
     """A job of jobs.py with its exchange."""
-    return job(name, shards, exchange={"type": kind, "coordinators": count}, **changes)
+    return job(name, shards, exchange={"type": kind, "coordinators": count, "shared_memory": shared}, **changes)
 
 
 def main(folder: Path) -> None:
@@ -55,10 +55,11 @@ def main(folder: Path) -> None:
         group, comm = in_groups(world, sizes)
         for name in JOBS:
             for shards in SHARDS:
-                count = coordinators(comm.size, shards) if group < 2 else 0
-                label = {"case": "segments", "job": name, "shards": shards, "size": comm.size, "group": group}
-                it = with_exchange(name, shards, "segments", count)
-                note(trained(label, it, comm, folder), comm)
+                for shared in (True, False):
+                    count = coordinators(comm.size, shards) if group < 2 else 0
+                    label = {"case": "segments", "shared": shared, "job": name, "shards": shards, "size": comm.size}
+                    it = with_exchange(name, shards, "segments", count, shared)
+                    note(trained({**label, "group": group}, it, comm, folder), comm)
 
     for name in JOBS:
         for shards in SHARDS:
@@ -73,10 +74,13 @@ def main(folder: Path) -> None:
 
     # Begun by three workers, gone on with by five over another number of coordinators, ended by one alone.
     for size, steps, kind, count in ((3, 4, "segments", 1), (5, 9, "segments", 5), (1, 15, "auto", 0)):
+        shared = size == 5
         comm = world.split(0 if world.rank < size else None)
         if comm is not None:
             changes = {"steps": steps, "evaluate_steps": 1, "shards": 8, "stop": {"patience": 99}}
-            it = with_exchange("mlp", 8, kind, count, train={**JOBS["mlp"]["train"], **changes}, optimizer=CONSTANT)
+            it = with_exchange(
+                "mlp", 8, kind, count, shared, train={**JOBS["mlp"]["train"], **changes}, optimizer=CONSTANT
+            )
             label = {"case": "resumed", "job": "mlp"}
             note({**trained(label, it, comm, folder, resume=steps > 4), "size": size}, comm)
     if world.rank == 0:

@@ -34,12 +34,13 @@ def solo(results: Results, name: str, shards: int) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "messages"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("name", JOBS)
-def test_segments_give_the_bits_of_solo(results: Results, name: str, shards: int, size: int) -> None:
+def test_segments_give_the_bits_of_solo(results: Results, name: str, shards: int, size: int, shared: bool) -> None:
     truth = solo(results, name, shards)
-    for result in some(results, case="segments", job=name, shards=shards, size=size):
+    for result in some(results, case="segments", job=name, shards=shards, size=size, shared=shared):
         assert result["weights_sha256"] == truth["weights_sha256"]
         assert result["metrics"] == truth["metrics"]
         assert result["loss"] == truth["loss"]
@@ -103,4 +104,11 @@ def test_every_worker_finds_the_same_arithmetic(results: Results) -> None:
 def test_the_suite_leaves_only_run_directories(results: Results) -> None:
     for result in some(results, case="segments"):
         left = sorted(path.name for path in Path(result["run_dir"]).iterdir())
-        assert left == ["checkpoints", "encoding.json", "job.toml", "journal.jsonl", "result.json", "weights.safetensors"]
+        assert left == [
+            "checkpoints",
+            "encoding.json",
+            "job.toml",
+            "journal.jsonl",
+            "result.json",
+            "weights.safetensors",
+        ]
