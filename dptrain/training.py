@@ -224,6 +224,7 @@ class _Run:
             "arithmetic": self.arithmetic,
         }
         every = self.communicator.allgather_json(mine, "comparing the workers")
+        first = every[0]
         for rank, other in enumerate(every):
             if other["job"] != every[0]["job"]:
                 raise _for_all(
@@ -239,11 +240,11 @@ class _Run:
             self.notes.append("the model gives other bits each time it is asked, so the result's are not promised")
             return
         for rank, other in enumerate(every):
-            if other["fingerprint"] != every[0]["fingerprint"]:
+            if other["fingerprint"] != first["fingerprint"]:
                 raise _for_all(
                     ArithmeticMismatch(
                         f"rank {rank} on {other['host']} ({beginning.kernels(other['arithmetic'])})",
-                        expected=f"the bits of rank 0 on {every[0]['host']} ({beginning.kernels(every[0]['arithmetic'])})",
+                        expected=f"the bits of rank 0 on {first['host']} ({beginning.kernels(first['arithmetic'])})",
                         found="others for the same step",
                         cure='set arithmetic.kernels = "portable" and install the same numpy on every machine',
                     )

@@ -123,7 +123,7 @@ def test_a_flipped_bit_of_any_part_of_the_tensors_is_seen(tmp_path: Path) -> Non
         broken = bytearray(content)
         broken[i] ^= 0x40
         (path / STATE).write_bytes(broken)
-        with pytest.raises(CheckpointError, match="expected state.safetensors with the manifest's checksum"):
+        with pytest.raises(CheckpointError, match=r"expected state.safetensors with the manifest's checksum"):
             checkpoint.read(path)
     (path / STATE).write_bytes(content)
     checkpoint.read(path)

@@ -61,7 +61,7 @@ def test_no_journal_has_no_lines(path: Path) -> None:
 
 def test_a_journal_that_cannot_be_opened_is_a_storage_error(path: Path) -> None:
     path.mkdir()
-    with pytest.raises(StorageError, match="journal .*: expected to be written, found Is a directory"):
+    with pytest.raises(StorageError, match=r"journal .*: expected to be written, found Is a directory"):
         Journal(path)
 
 

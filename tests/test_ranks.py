@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ Seen = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     folder = tmp_path_factory.mktemp("ranks")
     done = mpirun.ranks(3, "tests.ranks_suite", str(folder), timeout=150)
     assert done.returncode == 0, done.stderr
-    yield json.loads((folder / "found.json").read_text())
+    found: Seen = json.loads((folder / "found.json").read_text())
+    return found
 
 
 @pytest.mark.parametrize("name", ["softmax", "batched"])

@@ -190,7 +190,7 @@ def test_patience_may_be_added_to_a_run_without(tmp_path: Path) -> None:
 def test_another_job_is_refused_and_leaves_the_run_alone(change: dict[str, Any], tmp_path: Path) -> None:
     dptrain.train(JOBS["momentum"], run_dir=tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in ("job.toml", "result.json", "encoding.json")}
-    with pytest.raises(CheckpointError, match="found another job's; resume with the job.toml of that run"):
+    with pytest.raises(CheckpointError, match=r"found another job's; resume with the job.toml of that run"):
         dptrain.train(job(LAYERS, change), run_dir=tmp_path, resume=True)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
@@ -298,7 +298,7 @@ def test_an_exception_of_the_observer_ends_the_run(tmp_path: Path) -> None:
         def progressed(self, line: Mapping[str, Any]) -> None:
             raise BrokenPipeError("gone")
 
-    with pytest.raises(WorkerCrashed, match="rank 0 at step 1 .*BrokenPipeError: gone"):
+    with pytest.raises(WorkerCrashed, match=r"rank 0 at step 1 .*BrokenPipeError: gone"):
         dptrain.train(JOBS["momentum"], run_dir=tmp_path, observer=Failing())
 
 

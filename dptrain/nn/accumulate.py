@@ -72,7 +72,10 @@ class Loss(Protocol):
 
 @dataclass
 class Partials:
-    """Gradient sums of nodes of the tree: row i of ``vectors`` (m, size) and ``tallies`` (m, 3) is that of ``nodes[i]``."""
+    """Gradient sums of nodes of the tree.
+
+    Row i of ``vectors`` (m, size) and of ``tallies`` (m, 3) is that of ``nodes[i]``.
+    """
 
     nodes: Sequence[Node]
     vectors: Array

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def subtotal(lo: int, hi: int) -> npt.NDArray[np.float64]:
 def verdict(size: int, clip_norm: float = 0.0, squares: Any = SQUARES, **reports: dict[int, Any]) -> Verdict:
     """What ``size`` workers decide; ``reports`` give single workers' values of Report's fields."""
     cuts = [BLOCKS * i // size for i in range(size + 1)]
-    counts = [hi - lo for lo, hi in zip(cuts[:-1], cuts[1:], strict=True)]
+    counts = [hi - lo for lo, hi in pairwise(cuts)]
     rows = []
     for rank in range(size):
         member = Membership(rank, size, SHARDS)

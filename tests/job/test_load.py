@@ -133,9 +133,9 @@ def test_an_unknown_key_is_refused_with_what_may_be_meant(path: Path, sets: str,
 
 
 def test_the_place_is_where_the_value_came_from(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="^environment variable DPTRAIN_TRAIN__SHARDS: train.shards: "):
+    with pytest.raises(JobError, match=r"^environment variable DPTRAIN_TRAIN__SHARDS: train.shards: "):
         load_job(path, (), {"DPTRAIN_TRAIN__SHARDS": "0"})
-    with pytest.raises(JobError, match="^environment variable DPTRAIN_TRIAN__SHARDS: "):
+    with pytest.raises(JobError, match=r"^environment variable DPTRAIN_TRIAN__SHARDS: "):
         load_job(path, (), {"DPTRAIN_TRIAN__SHARDS": "1"})
     path.write_text(FILE.replace("seed = 5", "seed = 5.5"))
     with pytest.raises(JobError) as caught:
