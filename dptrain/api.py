@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dptrain import arithmetic, ranks, rundir
-from dptrain.chronicle import Observer
 from dptrain.data.encoding import Encoding, encoding_of
 from dptrain.errors import ModelError, StorageError
 from dptrain.job.load import check, complete, load_job
@@ -18,6 +17,7 @@ from dptrain.job.spec import Job, plain
 from dptrain.layout import Array
 from dptrain.nn.layer import Model, Pass, Workspace
 from dptrain.training import Result, run
+from dptrain.watch import Observer
 
 if TYPE_CHECKING:
     from dptrain.exchange.mpi import Mpi

@@ -8,7 +8,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,3 +88,8 @@ def _numpy_features() -> set[str]:
 
     found = np.show_config("dicts").get("SIMD Extensions", {}).get("found", [])
     return set(found)
+
+
+def named(described: Mapping[str, Any]) -> str:
+    """A few words on what :func:`describe` says."""
+    return f"{described['kernels']} kernels, numpy {described['numpy']}, {described['blas']}"

@@ -18,7 +18,6 @@ from dptrain.nn.evaluate import Evaluator
 from dptrain.nn.layer import Model
 from dptrain.nn.loss import make_loss
 from dptrain.nn.metrics import make_metrics
-from dptrain.nn.own import Own, digest_of, load_python
 from dptrain.optim import make_optimizer, make_schedule
 from dptrain.state import Optimizer, Update
 
@@ -50,7 +49,7 @@ class Assembly:
     @property
     def unproved(self) -> bool:
         """Whether the user says that shards don't meet in the model, and nobody has checked it."""
-        return isinstance(self.model, Own) and self.model.batched
+        return bool(getattr(self.model, "batched", False))
 
     def accumulator(self, at_once: int) -> Accumulator:
         """A worker's forward and backward, ``at_once`` shards at a time."""
@@ -84,15 +83,17 @@ def build_model(
     job: Job, sample_shape: tuple[int, ...], dtype: np.dtype[Any], own_model: Any = None
 ) -> tuple[Model, str]:
     """The job's model for samples of a shape, and the digest of its source where it is the user's own."""
+    if own_model is None and not job.model.python:
+        return build_chain(job.model.layers, sample_shape, dtype), ""
+    from dptrain.nn.own import Own, digest_of, load_python
+
     if own_model is not None:
         model = Own(own_model, sample_shape, dtype)
         # The source says nothing of the sizes an object was made with.
         shapes = repr(model.layout.describe()).encode()
         return model, f"{digest_of(own_model)} {hashlib.sha256(shapes).hexdigest()}"
-    if job.model.python:
-        own, source_digest = load_python(job.model.python, Path(job.directory), dict(job.model.options))
-        return Own(own, sample_shape, dtype), source_digest
-    return build_chain(job.model.layers, sample_shape, dtype), ""
+    own, source_digest = load_python(job.model.python, Path(job.directory), dict(job.model.options))
+    return Own(own, sample_shape, dtype), source_digest
 
 
 def build_evaluator(job: Job, model: Model, encoding: Encoding) -> Evaluator:

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dptrain import checkpoint, rundir
+from dptrain import arithmetic, checkpoint, rundir
 from dptrain.checkpoint import Snapshot
 from dptrain.errors import CheckpointError, ModelError
 from dptrain.job.digest import JobDigest
-from dptrain.job.load import needs_validation, to_toml
-from dptrain.job.spec import Job
+from dptrain.job.load import to_toml
+from dptrain.job.spec import Job, needs_validation
 from dptrain.layout import Array, Layout
 
 
@@ -62,8 +62,8 @@ class Expected:
         if manifest["fingerprint"] != self.fingerprint and not self.job.arithmetic.accept_other:
             raise checkpoint.refuse(
                 generation,
-                f"the arithmetic it was made with ({kernels(manifest['arithmetic'])})",
-                f"another here ({kernels(self.arithmetic)})",
+                f"the arithmetic it was made with ({arithmetic.named(manifest['arithmetic'])})",
+                f"another here ({arithmetic.named(self.arithmetic)})",
                 "resume on such a machine; or --set arithmetic.accept_other=true, which gives up the same bits",
             )
         return checkpoint.read(generation, self.layout)
@@ -95,11 +95,6 @@ def warm_start(job: Job, layout: Layout) -> Array:
             cure="use the same layers as the run it comes from",
         )
     return snapshot.groups.get("best", snapshot.groups["weights"])
-
-
-def kernels(described: Mapping[str, Any]) -> str:
-    """A few words on what arithmetic.describe says."""
-    return f"{described['kernels']} kernels, numpy {described['numpy']}, {described['blas']}"
 
 
 def _tensors(described: list[list[Any]]) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from dptrain.checkpoint import Snapshot, Writer
 from dptrain.errors import StorageError
@@ -13,57 +13,10 @@ from dptrain.journal import Journal
 from dptrain.layout import Array
 from dptrain.rule import Rule
 from dptrain.state import State
+from dptrain.watch import Observer
 
 _LINES = 300
 _LONGEST_SILENCE = 1.0
-
-
-class Observer(Protocol):
-    """Shows a run to a person. Called by the chief only, between steps, so it must be quick."""
-
-    def started(self, info: Mapping[str, Any]) -> None:
-        """Training begins; ``info`` says with what."""
-
-    def progressed(self, line: Mapping[str, Any]) -> None:
-        """A line of the journal."""
-
-    def warned(self, text: str) -> None:
-        """Something went wrong that training goes on without."""
-
-    def finished(self, result: Mapping[str, Any]) -> None:
-        """The content of result.json."""
-
-    def close(self) -> None:
-        """Training ended in an error that is told next; leave the terminal in order. May come after ``finished``."""
-
-
-class Unwatched:
-    """An observer that shows nothing."""
-
-    def started(self, info: Mapping[str, Any]) -> None:
-        """See Observer."""
-
-    def progressed(self, line: Mapping[str, Any]) -> None:
-        """See Observer."""
-
-    def warned(self, text: str) -> None:
-        """See Observer."""
-
-    def finished(self, result: Mapping[str, Any]) -> None:
-        """See Observer."""
-
-    def close(self) -> None:
-        """See Observer."""
-
-
-class Bystander:
-    """The watcher of a worker that isn't the chief: it writes nothing."""
-
-    def stepped(self, state: State, verdict: Verdict) -> None:
-        """See worker.Watcher."""
-
-    def evaluated(self, state: State, figures: dict[str, float], best: Array | None) -> None:
-        """See worker.Watcher."""
 
 
 class Chronicle:

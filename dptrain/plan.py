@@ -22,9 +22,9 @@ from dptrain.membership import Membership
 from dptrain.nn.accumulate import Accumulator, Schedule
 from dptrain.nn.chain import Chain, LayerSummary
 from dptrain.nn.layer import Workspace
+from dptrain.parts import at_once
 from dptrain.rule import Rule
 from dptrain.state import State, Store
-from dptrain.training import at_once
 
 PAGE = 4096
 PAGES_AT_ONCE = 16 * PAGE

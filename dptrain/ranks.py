@@ -15,9 +15,9 @@ from dptrain.job.spec import Job, plain, rebuild
 from dptrain.launch import Announced, refuse_size
 
 if TYPE_CHECKING:
-    from dptrain.chronicle import Observer
     from dptrain.exchange.mpi import Mpi
     from dptrain.training import Result
+    from dptrain.watch import Observer
 
 
 def alone(job: Job, **options: Any) -> "Result":

@@ -1,7 +1,7 @@
 """Trains examples/flights.toml and a linear model on the same real flights, and prints what each is worth.
 
-    pip install '.[mpich,examples]'
-    python examples/flights.py [FOLDER]
+pip install '.[mpich,examples]'
+python examples/flights.py [FOLDER]
 """
 
 import subprocess
@@ -22,8 +22,8 @@ def main(folder: Path) -> None:
     found = {name: dptrain.train(content) for name, content in (("linear", linear), ("network", job))}
     for name, result in found.items():
         test = result.metrics["test"]
-        sha256 = result.weights_sha256
-        print(f"{name:8} MAE {test['mae']:.2f} minutes  R2 {test['r2']:.4f}  {result.samples_per_second:,.0f} samples/s  {sha256}")
+        figures = f"MAE {test['mae']:.2f} minutes  R2 {test['r2']:.4f}  {result.samples_per_second:,.0f} samples/s"
+        print(f"{name:8} {figures}  weights {result.weights_sha256}")
     if found["network"].metrics["test"]["mae"] > 0.9 * found["linear"].metrics["test"]["mae"]:
         sys.exit("flights.py: the network should be at least a tenth better than the linear baseline")
 

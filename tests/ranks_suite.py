@@ -16,12 +16,12 @@ from dptrain import arithmetic
 
 arithmetic.choose("native", 1)
 
-from dptrain.chronicle import Unwatched  # noqa: E402
 from dptrain.errors import DptrainError  # noqa: E402
 from dptrain.exchange.communicator import Alone, Communicator  # noqa: E402
 from dptrain.exchange.mpi import connect  # noqa: E402
 from dptrain.job.load import check, complete  # noqa: E402
 from dptrain.training import run  # noqa: E402
+from dptrain.watch import Unwatched  # noqa: E402
 from tests.softmax import (  # noqa: E402
     LAYERS,
     Batched,

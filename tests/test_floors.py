@@ -15,7 +15,7 @@ FLOORS = [
     {"job", "data", "nn", "optim"},
     {"state", "checkpoint", "journal", "rundir", "membership", "rule", "fingerprint"},
     {"exchange"},
-    {"worker", "chronicle", "assemble", "beginning"},
+    {"worker", "watch", "chronicle", "assemble", "beginning", "parts"},
     {"training", "plan", "launch", "ranks", "api"},
     {"cli"},
 ]

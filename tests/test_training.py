@@ -15,7 +15,6 @@ import pytest
 
 import dptrain
 from dptrain import rundir
-from dptrain.chronicle import Unwatched
 from dptrain.errors import (
     ArithmeticMismatch,
     CheckpointError,
@@ -28,6 +27,7 @@ from dptrain.errors import (
 )
 from dptrain.journal import read_all, read_steps
 from dptrain.random import Purpose, stream
+from dptrain.watch import Unwatched
 from tests.softmax import (
     LAYERS,
     Batched,
@@ -320,7 +320,7 @@ LIMITED = """
 import os, resource, sys, time
 from tests.softmax import LAYERS, job
 import dptrain
-from dptrain.chronicle import Unwatched
+from dptrain.watch import Unwatched
 from dptrain.errors import DptrainError
 class Limit(Unwatched):
     def progressed(self, line):

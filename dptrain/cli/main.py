@@ -64,5 +64,6 @@ def tell(error: DptrainError, place: launch.Announced) -> None:
         traceback.print_exception(error)
     if isinstance(error, PeerFailed) or (error.everywhere and place.rank):
         return
-    rank = "" if place.alone else f"rank {place.rank}: "
-    print(f"dptrain: {rank}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    said = " ".join(str(error).split())
+    rank = "" if place.alone or said.startswith("rank ") else f"rank {place.rank}: "
+    print(f"dptrain: {rank}{said}", file=sys.stderr, flush=True)

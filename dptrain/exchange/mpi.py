@@ -28,6 +28,9 @@ CMA = "MPIR_CVAR_CH4_CMA_ENABLE"
 """Whether MPICH may copy large messages straight from another process's memory."""
 
 _POLLS_BEFORE_YIELD = 2_000
+_SLEEPLESS = 0.02
+_NAP = 0.001
+"""Seconds of a wait before the first nap, which is longer than a step's usual waits, and of a nap."""
 
 
 def vendor() -> str:
@@ -155,14 +158,19 @@ class Mpi:
         self._comm.Abort(code)
 
     def _wait(self, requests: list[Any], phase: str) -> None:
+        """Poll; then give the core away between polls; then, as the others seem to be long at something, sleep."""
         testall = self._mpi.Request.Testall
         for _ in range(self._polls):
             if testall(requests):
                 return
-        until = time.monotonic() + self.deadline
+        started = time.monotonic()
         while not testall(requests):
-            os.sched_yield()
-            if time.monotonic() > until:
+            waited = time.monotonic() - started
+            if waited < _SLEEPLESS:
+                os.sched_yield()
+            elif waited < self.deadline:
+                time.sleep(_NAP)
+            else:
                 raise DeadlineError(
                     f"rank {self.rank} in {phase}",
                     expected=f"the other workers within {self.deadline:g} s",

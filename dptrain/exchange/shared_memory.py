@@ -6,7 +6,6 @@ that nobody dies of a bus error later.
 
 import mmap
 import os
-import secrets
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ def shared(communicator: Communicator, nbytes: int) -> Array | None:
 
 
 def _create(nbytes: int) -> str | None:
-    path = FOLDER / f"dptrain-{secrets.token_hex(8)}"
+    path = FOLDER / f"dptrain-{os.urandom(8).hex()}"
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     except OSError:

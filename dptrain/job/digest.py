@@ -5,8 +5,7 @@ import json
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
-from dptrain.job.load import needs_validation
-from dptrain.job.spec import LAUNCH, STOPPING, Job
+from dptrain.job.spec import LAUNCH, STOPPING, Job, needs_validation
 
 
 class JobDigest(NamedTuple):

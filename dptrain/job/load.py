@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from dptrain.errors import JobError
-from dptrain.job.spec import LAYERS, Job, Layer, plain, rebuild
+from dptrain.job.spec import LAYERS, Job, Layer, needs_validation, plain, rebuild
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -167,12 +167,6 @@ def _refuse_models(job: Job, name: str, own_model: bool) -> None:
         found="both" if given else "neither",
         cure="remove one" if given else "`dptrain init` writes a job file to start from",
     )
-
-
-def needs_validation(job: Job) -> bool:
-    """Whether evaluations decide something: when to stop, or which weights are kept."""
-    stop = job.train.stop
-    return job.train.result == "best" or stop.patience > 0 or stop.target is not None
 
 
 def to_toml(job: Job) -> str:

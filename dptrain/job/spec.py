@@ -387,6 +387,12 @@ class Job(Spec):
 LAYERS: dict[str, type[Spec]] = {cls.__dataclass_fields__["type"].default: cls for cls in get_args(Layer)}
 
 
+def needs_validation(job: Job) -> bool:
+    """Whether evaluations decide something: when to stop, or which weights are kept."""
+    stop = job.train.stop
+    return job.train.result == "best" or stop.patience > 0 or stop.target is not None
+
+
 def plain(spec: Any) -> Any:
     """A spec as plain data (dicts, lists, numbers, strings), the reverse of :func:`rebuild`."""
     if is_dataclass(spec) and not isinstance(spec, type):

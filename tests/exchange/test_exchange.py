@@ -1,7 +1,6 @@
 """Every exchange, over every number of workers, held to solo's SHA-256. One mpirun of eight ranks runs all cases."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ Results = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("suite")
     done = ranks(8, "tests.exchange.suite", str(folder))
     assert done.returncode == 0, done.stderr
-    yield json.loads((folder / "found.json").read_text())
+    found: Results = json.loads((folder / "found.json").read_text())
+    return found
 
 
 def some(results: Results, **wanted: Any) -> Results:
