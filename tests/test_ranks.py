@@ -160,7 +160,7 @@ def test_an_exception_in_one_rank_ends_the_launch_with_its_message_last(tmp_path
     assert done.returncode == 1, done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("dptrain: ")]
     assert told == [
-        f"dptrain: rank {rank}: rank {rank} at step {step} in forward and backward: expected no exception, "
+        f"dptrain: rank {rank} at step {step} in forward and backward: expected no exception, "
         "found ArithmeticError: this shard is too much; its traceback tells where"
     ]
     said = [line for line in done.stderr.splitlines() if "dptrain" in line or "Traceback" in line]
