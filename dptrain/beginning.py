@@ -50,7 +50,8 @@ class Expected:
                 generation,
                 "a checkpoint of this job (only its stopping rule may differ)",
                 "another job's",
-                "resume with the job.toml of that run, or start anew in another --run-dir",
+                "resume with the job.toml of that run (a cosine's length is part of it unless "
+                "optimizer.schedule.decay_steps is set), or start anew in another --run-dir",
             )
         if needs_validation(self.job) and manifest["judging_sha256"] != self.digests.judging:
             raise checkpoint.refuse(

@@ -71,7 +71,7 @@ class Parts:
             a.sample.target_shape,
             a.sample.target_dtype,
             dtype=a.dtype,
-            prefetch=False,
+            prefetch=a.dataset.train.waits,
         )
         if self.membership.spares:
             self.notes.append(

@@ -130,7 +130,7 @@ def _memory(a: Assembly, prepared: Mapping[str, Any], workers: int, rule: Rule) 
             evaluator.sums(weights, part, 0, min(evaluator.at_once, -(-blocks // workers)))
     sample = a.sample
     row = np.dtype(sample.dtype).itemsize * int(np.prod(sample.shape)) + 8 * int(np.prod(sample.target_shape))
-    sets = 3 if a.dataset.train.mapped else 2
+    sets = 3 if a.dataset.train.waits else 2
     memory = {
         "process": _resident(workers > 1),
         "data": _data(prepared, rule.total_steps * a.job.train.batch_size, workers),

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import dptrain
-from dptrain import rundir
+from dptrain import parts, rundir
+from dptrain.data import store
 from dptrain.errors import (
     ArithmeticMismatch,
     CheckpointError,
@@ -455,3 +456,28 @@ def test_every_error_is_one_of_the_family(tmp_path: Path) -> None:
             dptrain.train(job(LAYERS, change), run_dir=tmp_path / "x")
         assert caught.value.exit_code == 2
     assert not (tmp_path / "x").exists()
+
+
+def test_large_files_are_read_ahead_and_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, y=(x.sum(axis=1) > 0).astype(np.int64))
+    content = {
+        **JOBS["momentum"],
+        "data": {"source": str(tmp_path / "data.npz"), "validation": 0.1},
+        "model": {"layers": [{"type": "linear", "units": 2}]},
+        "train": {"batch_size": 20, "steps": 12},
+    }
+    started: list[bool] = []
+    reader = parts.Reader
+
+    class Watched(reader):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any, prefetch: bool, **more: Any) -> None:
+            started.append(prefetch)
+            super().__init__(*arguments, prefetch=prefetch, **more)
+
+    monkeypatch.setattr(parts, "Reader", Watched)
+    at_once = dptrain.train(content, run_dir=tmp_path / "small")
+    monkeypatch.setattr(store, "LARGE", 0)
+    ahead = dptrain.train(content, run_dir=tmp_path / "large")
+    assert started == [False, True]
+    assert ahead.weights_sha256 == at_once.weights_sha256

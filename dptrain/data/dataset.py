@@ -57,6 +57,11 @@ class Part:
         """True where reading may touch the disk."""
         return self._x.mapped or self._y.mapped
 
+    @property
+    def waits(self) -> bool:
+        """True where reading may wait for the disk: files too large to be asked for as a whole."""
+        return self._x.waits or self._y.waits
+
     def file_rows(self, positions: Positions) -> Positions:
         """Where in the files the rows at ``positions`` lie. IndexError for a position outside the part."""
         if len(positions) and (int(positions.min()) < 0 or int(positions.max()) >= self.rows):

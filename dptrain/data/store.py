@@ -16,7 +16,7 @@ from dptrain.layout import Array
 
 LONGEST_HEADER = 10_000
 LARGE = 1 << 28
-"""Bytes of a file above which the system is told not to read ahead around scattered rows: a page each is enough."""
+"""Bytes up to which the system is asked to read a file as a whole; above, rows are read as they are wanted."""
 EMBEDDED = {"digits": "digits.npz"}
 
 
@@ -66,12 +66,14 @@ def store_of(plan: Mapping[str, Any]) -> Store:
 class Opened:
     """A store opened for reading: ``array`` is a read-only view of its rows; ``mapped`` tells a file from memory.
 
-    ``scattered`` says that rows will be read in random order.
+    ``scattered`` says that rows will be read in random order. ``waits`` tells that reading may wait for the disk, so
+    that it is worth reading ahead.
     """
 
     def __init__(self, store: Store, *, scattered: bool = False) -> None:
         self.store = store
         self.mapped = not store.path.startswith("embedded:")
+        self.waits = self.mapped and store.size > LARGE
         self._map: mmap.mmap | None = None
         if not self.mapped:
             self.array = _embedded(store)
@@ -82,7 +84,10 @@ class Opened:
         except (OSError, ValueError) as error:
             raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), store.path) from error
         self.check()
-        if scattered and store.size > LARGE and hasattr(mmap, "MADV_RANDOM"):
+        if not self.waits and hasattr(mmap, "MADV_WILLNEED"):
+            self._map.madvise(mmap.MADV_WILLNEED)
+        elif scattered and hasattr(mmap, "MADV_RANDOM"):
+            # A page for each row is enough; more would be read around it in vain.
             self._map.madvise(mmap.MADV_RANDOM)
         count = math.prod(store.shape)
         flat = np.frombuffer(self._map, dtype=store.dtype, count=count, offset=store.offset)
