@@ -43,5 +43,5 @@ if __name__ == "__main__":
     accuracy = result.metrics["test"]["accuracy"]
     print(f"test accuracy {accuracy:.4f}  weights {result.weights_sha256}")
     trained = dptrain.load(result.run_dir, model=build())
-    assert trained.predict(np.zeros((1, 8, 8))).shape == (1, 10)
+    assert trained.predict(np.zeros((1, 64))).shape == (1, 10)
     assert accuracy > 0.93
