@@ -22,10 +22,11 @@ RESULTS = Path(__file__).parent / "results"
 ENVIRON = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def ours(case: Case, shards: int, exchange: str) -> dict[str, float]:
+def ours(case: Case, shards: int, exchange: str, *, shared_memory: bool = True) -> dict[str, float]:
     """dptrain over the case's workers."""
     line, environ = command(case.workers, [], ENVIRON)
     line = [*line[: line.index(sys.executable) + 1], "-m", "bench.ours", case.name, str(shards), exchange]
+    line += ["--messages"] * (not shared_memory)
     return told(subprocess.run(line, env=environ, capture_output=True, text=True, check=False))
 
 
@@ -53,9 +54,10 @@ def told(done: "subprocess.CompletedProcess[str]") -> dict[str, float]:
 
 CONTESTANTS: dict[str, Callable[[Case], dict[str, float]]] = {
     "PyTorch DDP, gloo": ddp,
-    "dptrain segments, G = workers": lambda case: ours(case, case.workers, "segments"),
-    "dptrain segments, G = 8": lambda case: ours(case, 8, "segments"),
-    "dptrain allreduce, G = workers": lambda case: ours(case, case.workers, "allreduce"),
+    "dptrain, G = workers": lambda case: ours(case, case.workers, "segments"),
+    "dptrain, G = workers, messages": lambda case: ours(case, case.workers, "segments", shared_memory=False),
+    "dptrain, G = 8": lambda case: ours(case, 8, "segments"),
+    "dptrain allreduce": lambda case: ours(case, case.workers, "allreduce"),
 }
 
 

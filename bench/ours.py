@@ -13,11 +13,11 @@ from dptrain.launch import announced
 from dptrain.ranks import alone, follow, lead
 
 
-def job(case: Case, shards: int, exchange: str) -> Job:
+def job(case: Case, shards: int, exchange: str, shared_memory: bool = True) -> Job:
     """The case as a job of ``shards`` shards."""
     layers: list[dict[str, Any]] = []
     for width in case.widths[1:]:
-        layers += [{"type": "linear", "units": width}, {"type": "relu"}]
+        layers += [{"type": "linear", "units": width, "init": "uniform"}, {"type": "relu"}]
     content = {
         "data": {
             "source": "synthetic",
@@ -28,13 +28,13 @@ def job(case: Case, shards: int, exchange: str) -> Job:
         "model": {"layers": layers[:-1]},
         "optimizer": {"lr": case.lr, "momentum": case.momentum},
         "train": {"batch_size": case.batch, "shards": shards, "steps": case.steps},
-        "exchange": {"type": exchange},
+        "exchange": {"type": exchange, "shared_memory": shared_memory},
         "output": {"checkpoint_seconds": 0.0},
     }
     return complete(check(content, case.name))
 
 
-def main(name: str, shards: int, exchange: str) -> None:
+def main(name: str, shards: int, exchange: str, shared_memory: bool) -> None:
     """Train the case and print what it came to."""
     place = announced(os.environ)
     if place.rank:
@@ -43,12 +43,12 @@ def main(name: str, shards: int, exchange: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = {"run_dir": f"{folder}/run"}
         if place.alone:
-            result = alone(job(case, shards, exchange), **options)
+            result = alone(job(case, shards, exchange, shared_memory), **options)
         else:
             with lead(place) as leader:
-                result = leader.train(job(case, shards, exchange), run_dir=options["run_dir"])
+                result = leader.train(job(case, shards, exchange, shared_memory), run_dir=options["run_dir"])
     print(json.dumps({"samples_per_second": result.samples_per_second, "loss": result.loss}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], "--messages" not in sys.argv[4:])
