@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "dptrain"
 
 FLOORS = [
-    {"errors", "random", "tree", "layout", "arithmetic"},
+    {"errors", "random", "tree", "layout", "arithmetic", "phases"},
     {"job", "data", "nn", "optim"},
     {"state", "checkpoint", "journal", "rundir", "membership", "rule", "fingerprint"},
     {"exchange"},
