@@ -145,8 +145,9 @@ def _updated(update: Update, weights: Array, gradient: Array, scale: float) -> b
     new = np.zeros((2 * len(update.optimizer.slots) + 1, n), weights.dtype)
     after, *slots = new
     old, changed = slots[: len(slots) // 2], slots[len(slots) // 2 :]
-    lr = update.schedule.at(1)
-    update.optimizer.update(weights[:n], gradient[:n], old, after, changed, scale=scale, lr=lr, count=1)
+    rates = update.optimizer.rates(scale, float(update.schedule.at(1)), 1)
+    t, u = np.empty((2, n), weights.dtype)
+    update.optimizer.stretch(weights[:n], gradient[:n], old, after, changed, rates, t, u)
     return new.tobytes()
 
 

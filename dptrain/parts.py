@@ -3,7 +3,6 @@
 All workers make it alike, one after the other telling each other how it went, so that a failure of one ends all.
 """
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from dptrain import arithmetic
 from dptrain.assemble import Assembly, assemble
 from dptrain.data.batches import Batches, Reader
 from dptrain.errors import ArithmeticMismatch, DataError, DptrainError, LaunchError
+from dptrain.exchange import shared_memory
 from dptrain.exchange.communicator import Communicator
-from dptrain.exchange.one_machine import OneMachine, room
 from dptrain.exchange.protocol import Exchange
-from dptrain.exchange.segments import Segments
+from dptrain.exchange.segments import Machines, Memory, Segments
 from dptrain.exchange.solo import Solo
 from dptrain.fingerprint import NOT_REPEATABLE, Probe, probe
 from dptrain.job.digest import JobDigest, digest_job
@@ -36,7 +35,7 @@ ACTIVATIONS = 256 << 20
 GRADIENTS = 64 << 20
 """Bytes of gradients, not yet added, that it may use for that: of large tensors it takes one shard at a time."""
 
-HOST = os.uname().nodename
+HOST = shared_memory.HOST
 
 
 class Parts:
@@ -51,6 +50,7 @@ class Parts:
         self.notes: list[str] = []
         assert job.train.shards is not None
         self.membership = Membership(communicator.rank, communicator.size, job.train.shards)
+        self.machines = Machines(communicator.machines(), communicator.rank)
         plan = self._prepare()
         a = self.assembly = together(communicator, "setting up", lambda: assemble(job, plan, self.own_model))
         self.plan = plan
@@ -86,7 +86,7 @@ class Parts:
     def _prepare(self) -> dict[str, Any]:
         """The data, parsed and scanned once on every machine."""
         job, communicator = self.job, self.communicator
-        first = communicator.first_on_node()
+        first = communicator.rank == self.machines.here[0]
 
         def action() -> dict[str, Any] | None:
             if not first:
@@ -188,12 +188,13 @@ class Parts:
         )
 
     def _exchange(self) -> Exchange:
-        job, size = self.job, self.communicator.size
+        job, communicator = self.job, self.communicator
+        size = communicator.size
         kind = job.exchange.type
         if kind == "auto":
-            kind = "solo" if size == 1 else "segments"
-        outbox = max(1, self.accumulator.schedule(*self.membership.mine).slots)
-        common = (self.communicator, self.membership, self.update, self.assembly.dtype, outbox)
+            kind = "solo" if size == 1 else "node"
+        outbox = self._rows_of_outbox()
+        common = (communicator, self.membership, self.update, self.assembly.dtype)
         if kind == "solo" and size > 1:
             raise LaunchError(
                 'exchange.type = "solo"', expected="one worker", found=f"{size}", cure='use "auto", or start one worker'
@@ -201,9 +202,9 @@ class Parts:
         if kind == "allreduce":
             from dptrain.exchange.allreduce import Allreduce
 
-            return Allreduce(*common)
+            return Allreduce(*common, outbox)
         if kind == "solo":
-            return Solo(*common)
+            return Solo(*common, outbox)
         if job.exchange.coordinators > size:
             raise LaunchError(
                 "exchange.coordinators",
@@ -211,17 +212,46 @@ class Parts:
                 found=str(job.exchange.coordinators),
                 cure="lower it, or leave it at 0 for every worker",
             )
-        coordinators = job.exchange.coordinators or size
-        if job.exchange.shared_memory and self.communicator.on_one_machine():
-            outboxes = self.communicator.allgather_json(outbox, "sharing memory")
-            memory = room(self.communicator, self.update, self.assembly.dtype, outboxes)
-            if memory is not None:
-                return OneMachine(*common[:4], outboxes, coordinators=coordinators, memory=memory)
-            self.notes.append(
-                "/dev/shm has no room for the workers' partials and state, so they send messages: slower, the same "
-                "bits (in docker: --shm-size=1g)"
-            )
-        return Segments(*common, coordinators=coordinators)
+        machines = self.machines
+        if kind == "segments":
+            machines = Machines(tuple((rank,) for rank in range(size)), communicator.rank)
+        every = communicator.allgather_json(outbox, "setting up the exchange")
+        outboxes = [every[rank] for rank in machines.here]
+        need = Memory(self.update.layout, len(self.update.optimizer.slots), self.assembly.dtype, outboxes).nbytes
+        return Segments(
+            *common,
+            outboxes,
+            name=kind,
+            coordinators=job.exchange.coordinators or size,
+            machines=machines,
+            memory=self._shared(machines, need),
+        )
+
+    def _rows_of_outbox(self) -> int:
+        """Enough for whatever shards this worker may own, of as many workers as may be left."""
+        a = self.accumulator
+        everyone = range(1, self.membership.size + 1)
+        members = [Membership(rank, size, self.membership.shards) for size in everyone for rank in range(size)]
+        return max(1, *(a.schedule(lo, hi).slots for lo, hi in {member.mine for member in members}))
+
+    def _shared(self, machines: Machines, nbytes: int) -> Array | None:
+        """Memory of this machine's workers; None for a worker that is alone there."""
+        if all(len(group) == 1 for group in machines.groups):
+            return None
+        communicator, phase, leader = self.communicator, "sharing memory", machines.here[0]
+        several, leads = len(machines.here) > 1, communicator.rank == leader
+        for way in shared_memory.WAYS:
+            made = together(communicator, phase, lambda way=way: way(nbytes) if several and leads else None)  # type: ignore[misc]
+            try:
+                paths = communicator.allgather_json(made.path if made else "", phase)
+                memory = shared_memory.attach(paths[leader], nbytes) if several else None
+                reached = communicator.allgather_json(not several or memory is not None, phase)
+            finally:
+                if made:
+                    made.release()
+            if all(reached):
+                return memory
+        raise _for_all(shared_memory.unreachable(reached.index(False)))
 
 
 def _for_all(error: DptrainError) -> DptrainError:

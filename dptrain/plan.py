@@ -193,23 +193,25 @@ def _made_up(sample: Sample, a: Assembly, k: int, rows: int) -> Rows:
 def _speed(a: Assembly) -> tuple[float, float]:
     """Rows a second of forward, backward and update in one worker: with the job's shards, and with a single one."""
     batch = a.job.train.batch_size
-    weights = np.zeros(a.model.layout.size, a.dtype)
-    a.model.initialise(weights, a.job.seed)
+    size = a.model.layout.size
     update = a.update(1)
     store = Store(a.model.layout, len(a.optimizer.slots), a.dtype)
+    weights = store.weights(0)
+    a.model.initialise(weights, a.job.seed)
 
     def measured(shards: int, rows: int) -> Callable[[], None]:
         accumulator = a.accumulator(1)
         accumulator.shards = shards
         accumulator.at_once = at_once(accumulator, shards)
         schedule = accumulator.schedule(0, shards)
-        outbox = np.zeros((schedule.slots, a.model.layout.size), a.dtype)
+        outbox = np.zeros((schedule.slots, size), a.dtype)
+        segment = update.segment(store, 0, size, outbox[0])
         state = State(0, 0, weights, store.slots(0), 0)
         made_up = _made_up(a.sample, a, accumulator.at_once, rows)
 
         def step() -> None:
             accumulator.accumulate(weights, schedule, outbox, 0, lambda lo, hi: made_up.some(0, hi - lo))
-            update.apply(state, store, outbox[0], 0, a.model.layout.size, scale=1.0, rows=float(batch))
+            segment.advance(state, scale=1.0, rows=float(batch), add=False)
 
         return step
 

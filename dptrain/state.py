@@ -6,7 +6,8 @@ back become the front. Until then the old state is whole.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -81,19 +82,21 @@ class Optimizer(Protocol):
 
     slots: tuple[str, ...]
 
-    def update(
+    def rates(self, scale: float, lr: float, count: int) -> tuple[float, ...]:
+        """The numbers of update ``count`` (from 1) that all elements share; gradient * scale is the mean."""
+
+    def stretch(
         self,
-        weights: Array,
-        gradient: Array,
-        slots: Sequence[Array],
-        new_weights: Array,
-        new_slots: Sequence[Array],
-        *,
-        scale: float,
-        lr: float,
-        count: int,
+        w: Array,
+        g: Array,
+        old: Sequence[Array],
+        new_w: Array,
+        new: Sequence[Array],
+        rates: tuple[float, ...],
+        t: Array,
+        u: Array,
     ) -> None:
-        """Read the old, write the new; the mean gradient is gradient * scale, ``count`` starts at 1."""
+        """Read the old weights, gradient and slots, write the new; t and u are scratch of the same length."""
 
 
 class LearningRate(Protocol):
@@ -103,72 +106,145 @@ class LearningRate(Protocol):
         """The rate of update number ``count``, from 1."""
 
 
-class Update:
-    """The way from a finished gradient sum to the next state, for any range of the flat vector.
+Pair = tuple[Array, Array]
+"""An addition in place: the second into the first."""
 
-    Ranges start at multiples of BLOCK. ``clip_norm`` 0 means no clipping.
-    """
+
+class Update:
+    """The way from a finished gradient sum to the next state. ``clip_norm`` 0 means no clipping."""
 
     def __init__(self, layout: Layout, optimizer: Optimizer, schedule: LearningRate, clip_norm: float) -> None:
         self.layout = layout
         self.optimizer = optimizer
         self.schedule = schedule
         self.clip_norm = clip_norm
-        self._momentum = layout.buffer_momentum()
-        self._wide = np.empty(BLOCK, np.float64)
 
     @property
     def blocks(self) -> int:
         """The number of blocks that norms are summed by."""
         return -(-self.layout.size // BLOCK)
 
-    def squares(self, gradient: Array, lo: int, hi: int) -> npt.NDArray[np.float64]:
-        """The squared norm of each block from lo to hi, in float64; NaN or inf where not finite.
+    def segment(self, store: Store, lo: int, hi: int, total: Array, pairs: Sequence[Pair] = ()) -> "Segment":
+        """Elements lo to hi of the vector; lo is a multiple of BLOCK, and so is hi unless it is the end.
 
-        Buffers have no part in the norm, but must be finite. Where nothing is clipped the norm isn't wanted: 0 stands
-        for finite, and the screening is one product.
+        ``total`` (hi - lo,) holds their gradient sum as soon as ``pairs``, of the same length, are added in order.
         """
-        found = np.zeros(-(-(hi - lo) // BLOCK))
-        end = max(lo, min(hi, self.layout.parameters))
-        if not _finite(gradient[end if self.clip_norm else lo : hi]):
-            found[-1] = np.nan
-        if self.clip_norm:
-            for i, start in enumerate(range(lo, end, BLOCK)):
-                block = gradient[start : min(end, start + BLOCK)]
-                wide = self._wide[: len(block)]
-                wide[:] = block
-                found[i] += np.dot(wide, wide)
+        return Segment(self, store, lo, hi, total, pairs)
+
+
+class Side(NamedTuple):
+    """Old and new elements of one direction between the two sides of a store."""
+
+    w: Array
+    old: tuple[Array, ...]
+    new_w: Array
+    new: tuple[Array, ...]
+
+
+class _Stretch(NamedTuple):
+    """A block, or what of it is parameters or buffers: short enough for all passes over it to stay in the cache.
+
+    ``momentum`` is None for parameters.
+    """
+
+    pairs: tuple[Pair, ...]
+    gradient: Array
+    sides: tuple[Side, Side]
+    momentum: npt.NDArray[np.float64] | None
+
+
+class Segment:
+    """All that is done in a step to a range of the flat vector, block by block. Made once, it allocates no more."""
+
+    def __init__(
+        self, update: Update, store: Store, lo: int, hi: int, total: Array, pairs: Sequence[Pair] = ()
+    ) -> None:
+        self._update = update
+        layout = update.layout
+        momentum = layout.buffer_momentum()
+        cuts = sorted({*range(lo, hi, BLOCK), *({layout.parameters} & set(range(lo, hi))), hi})
+        self._stretches = []
+        for start, stop in pairwise(cuts):
+            part, here = slice(start - lo, stop - lo), slice(start, stop)
+            buffers = start >= layout.parameters
+            sides = tuple(_between(store, side, here, not buffers) for side in (0, 1))
+            self._stretches.append(
+                _Stretch(
+                    tuple((left[part], right[part]) for left, right in pairs),
+                    total[part],
+                    (sides[0], sides[1]),
+                    momentum[start - layout.parameters : stop - layout.parameters] if buffers else None,
+                )
+            )
+        self._lo, self._blocks = lo, -(-(hi - lo) // BLOCK)
+        self._starts = cuts[:-1]
+        self._scratch = np.empty((2, BLOCK), total.dtype)
+        self._wide = np.empty((2, BLOCK))
+
+    def add(self) -> None:
+        """Finish the sum."""
+        for stretch in self._stretches:
+            for left, right in stretch.pairs:
+                np.add(left, right, out=left)
+
+    def squares(self) -> npt.NDArray[np.float64]:
+        """The squared norm of the finished sum by blocks, in float64; NaN or inf where it isn't finite.
+
+        Buffers have no part in the norm, but must be finite.
+        """
+        found = np.zeros(self._blocks)
+        for start, stretch in zip(self._starts, self._stretches, strict=True):
+            block = (start - self._lo) // BLOCK
+            if stretch.momentum is None:
+                wide = self._wide[0, : len(stretch.gradient)]
+                wide[:] = stretch.gradient
+                found[block] += np.dot(wide, wide)
+            elif not finite(stretch.gradient):
+                found[block] = np.nan
         return found
 
-    def apply(
-        self, state: State, store: Store, gradient: Array, lo: int, hi: int, *, scale: float, rows: float
-    ) -> None:
-        """Write elements lo to hi of the state after ``state`` into the store's other side.
+    def advance(self, state: State, *, scale: float, rows: float, add: bool) -> bool:
+        """Write the state after ``state`` into the store's other side, and say whether the sum was finite.
 
-        ``gradient`` is the finished sum, ``scale`` what makes it the (clipped) mean, ``rows`` the real rows of the
-        batch, by which a buffer's sum is divided.
+        ``scale`` makes the sum the (clipped) mean, ``rows`` are the real rows of the batch, by which a buffer's sum
+        is divided. With ``add`` each block of the sum is finished first, and found in the cache by the update.
         """
-        back = 1 - state.side
+        update, side = self._update, state.side
         count = state.updates + 1
-        cut = max(lo, min(hi, self.layout.parameters))
-        if lo < cut:
-            self.optimizer.update(
-                state.weights[lo:cut],
-                gradient[lo:cut],
-                [slot[lo:cut] for slot in state.slots],
-                store.weights(back)[lo:cut],
-                [slot[lo:cut] for slot in store.slots(back)],
-                scale=scale,
-                lr=self.schedule.at(count),
-                count=count,
-            )
-        if cut < hi:
-            at = self.layout.parameters
-            momentum = self._momentum[cut - at : hi - at]
-            mean = gradient[cut:hi].astype(np.float64) / rows
-            store.weights(back)[cut:hi] = state.weights[cut:hi] * (1 - momentum) + mean * momentum
+        rates = update.optimizer.rates(float(scale), float(update.schedule.at(count)), count)
+        one_stretch = update.optimizer.stretch
+        good = True
+        for pairs, gradient, sides, momentum in self._stretches:
+            if add:
+                for left, right in pairs:
+                    np.add(left, right, out=left)
+            good = good and finite(gradient)
+            w, old, new_w, new = sides[side]
+            n = len(gradient)
+            if momentum is None:
+                one_stretch(w, gradient, old, new_w, new, rates, self._scratch[0, :n], self._scratch[1, :n])
+            else:
+                mean, kept = self._wide[0, :n], self._wide[1, :n]
+                mean[:] = gradient
+                np.divide(mean, rows, out=mean)
+                np.multiply(mean, momentum, out=mean)
+                np.subtract(1, momentum, out=kept)
+                np.multiply(w, kept, out=kept)
+                np.add(kept, mean, out=kept)
+                new_w[:] = kept
+        return good
 
 
-def _finite(vector: Array) -> bool:
+def _between(store: Store, side: int, part: slice, slots: bool) -> Side:
+    return Side(
+        store.weights(side)[part],
+        tuple(slot[part] for slot in store.slots(side)) if slots else (),
+        store.weights(1 - side)[part],
+        tuple(slot[part] for slot in store.slots(1 - side)) if slots else (),
+    )
+
+
+def finite(vector: Array) -> bool:
+    """Whether all elements are finite."""
     # The product is much quicker than a look at every element, but overflows where all are finite.
     return bool(np.isfinite(np.dot(vector, vector)) or np.isfinite(vector).all())

@@ -304,6 +304,7 @@ class _Run:
         return {
             "rank": self.communicator.rank,
             "host": HOST,
+            "machine": self.parts.machines.number(self.communicator.rank),
             "shards_computed": self.parts.accumulator.shards_computed,
             "rows_read": self.parts.assembly.dataset.train.rows_read,
             "compute_seconds": round(worker.compute_seconds, 4),

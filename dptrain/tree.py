@@ -58,25 +58,42 @@ def subtrees(lo: int, hi: int, shards: int) -> list[Node]:
     return found
 
 
+def merged(have: Iterable[Node], goal: Node) -> tuple[list[Node], list[Add]]:
+    """What becomes of the nodes at hand when all neighbours that can be added are: the nodes left, and the additions.
+
+    The nodes at hand must be disjoint nodes of goal's tree, else ValueError; they need not cover it. Nodes left come
+    from left to right, each parent of the additions after its children.
+    """
+    known = set(have)
+    plan: list[Add] = []
+
+    def visit(node: Node) -> list[Node]:
+        if node in known:
+            known.discard(node)
+            return [node]
+        if node.hi - node.lo < 2:
+            return []
+        left, right = node.children
+        found = [*visit(left), *visit(right)]
+        if found != [left, right]:
+            return found
+        plan.append(Add(node, left, right))
+        return [node]
+
+    found = visit(goal)
+    if known:
+        raise ValueError(f"{sorted(map(tuple, known))} are no nodes of the tree over {tuple(goal)}, or overlap others")
+    return found, plan
+
+
 def additions(have: Iterable[Node], goal: Node) -> list[Add]:
     """The additions that make ``goal`` from the nodes at hand, each parent after its children.
 
     The nodes at hand must be disjoint nodes of goal's tree that cover it, else ValueError.
     """
-    known = set(have)
-    plan: list[Add] = []
-
-    def visit(node: Node) -> None:
-        if node in known:
-            return
-        if node.hi - node.lo < 2:
-            raise ValueError(f"shard {node.lo} is missing under {tuple(goal)}")
-        left, right = node.children
-        visit(left)
-        visit(right)
-        plan.append(Add(node, left, right))
-
-    visit(goal)
+    found, plan = merged(have, goal)
+    if found != [goal]:
+        raise ValueError(f"{[tuple(node) for node in found]} do not cover {tuple(goal)}")
     return plan
 
 

@@ -6,7 +6,7 @@ import pytest
 from dptrain.job import spec
 from dptrain.layout import BLOCK, Array, Layout, segments
 from dptrain.optim import make_optimizer, make_schedule
-from dptrain.state import State, Store, Update
+from dptrain.state import Segment, State, Store, Update
 
 LAYOUT = Layout([("W", (3 * BLOCK + 7,)), ("b", (5,))], [("mean", (BLOCK,), 0.1), ("variance", (9,), 0.5)])
 
@@ -34,54 +34,81 @@ def test_where_the_vector_is_cut_does_not_matter(kind: str, parts: int) -> None:
     for cuts in ([(0, LAYOUT.size)], segments(LAYOUT.size, parts)):
         state, store, gradient = start(made)
         for lo, hi in reversed(cuts):
-            made.apply(state, store, gradient, lo, hi, scale=1 / 30, rows=29.0)
+            made.segment(store, lo, hi, gradient[lo:hi]).advance(state, scale=1 / 30, rows=29.0, add=False)
         results.append(b"".join(v.tobytes() for v in (store.weights(1), *store.slots(1))))
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def segment(made: Update, store: Store, vector: Array, lo: int = 0, hi: int = LAYOUT.size) -> Segment:
+    return made.segment(store, lo, hi, vector[lo:hi])
+
+
 @pytest.mark.parametrize("parts", [1, 2, 4, 7])
-def test_squares_are_the_same_whoever_computes_which(clip_norm: float, parts: int) -> None:
-    made = update(clip_norm)
-    _, _, gradient = start(made)
-    whole = made.squares(gradient, 0, LAYOUT.size)
+def test_squares_are_the_same_whoever_computes_which(parts: int) -> None:
+    made = update(0.5)
+    _, store, gradient = start(made)
+    whole = segment(made, store, gradient).squares()
     assert len(whole) == made.blocks
-    found = np.concatenate([made.squares(gradient, lo, hi) for lo, hi in segments(LAYOUT.size, parts)])
+    found = np.concatenate([segment(made, store, gradient, *cut).squares() for cut in segments(LAYOUT.size, parts)])
     assert found.tobytes() == whole.tobytes()
-    norm = math.sqrt(sum(whole.tolist()))
-    exact = np.linalg.norm(gradient[: LAYOUT.parameters].astype(np.float64)) if clip_norm else 0.0
-    assert norm == pytest.approx(exact, rel=1e-12)
+    exact = np.linalg.norm(gradient[: LAYOUT.parameters].astype(np.float64))
+    assert math.sqrt(sum(whole.tolist())) == pytest.approx(exact, rel=1e-12)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 @pytest.mark.parametrize("at", [0, BLOCK - 1, BLOCK, LAYOUT.parameters - 1, LAYOUT.parameters, LAYOUT.size - 1])
-def test_one_number_that_is_not_finite_is_seen(at: int, clip_norm: float, value: float) -> None:
-    made = update(clip_norm)
-    _, _, gradient = start(made)
-    gradient[at] = value
-    lo = at // BLOCK * BLOCK
-    assert not np.isfinite(made.squares(gradient, 0, LAYOUT.size).sum())
-    assert not np.isfinite(made.squares(gradient, lo, min(lo + BLOCK, LAYOUT.size)).sum())
-    others = np.delete(np.arange(made.blocks), at // BLOCK)
-    assert all(np.isfinite(made.squares(gradient, i * BLOCK, min((i + 1) * BLOCK, LAYOUT.size))).all() for i in others)
+def test_one_number_that_is_not_finite_is_seen(at: int, value: float) -> None:
+    made = update()
+    state, store, gradient = start(made)
+    with np.errstate(all="ignore"):
+        assert advance(segment(made, store, gradient), state)
+        gradient[at] = value
+        assert not advance(segment(made, store, gradient), state)
+        lo = at // BLOCK * BLOCK
+        assert not advance(segment(made, store, gradient, lo, min(lo + BLOCK, LAYOUT.size)), state)
+        squares = segment(made, store, gradient).squares()
+    assert not np.isfinite(squares[at // BLOCK])
+    assert np.isfinite(np.delete(squares, at // BLOCK)).all()
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-def test_huge_numbers_are_finite(clip_norm: float) -> None:
-    made = update(clip_norm)
-    _, _, gradient = start(made)
+def test_huge_numbers_are_finite() -> None:
+    made = update()
+    state, store, gradient = start(made)
     gradient[:] = 3e38
     with np.errstate(over="ignore"):
         assert not np.isfinite(np.dot(gradient, gradient))
-        assert np.isfinite(made.squares(gradient, 0, LAYOUT.size)).all()
+        assert advance(segment(made, store, gradient), state)
+        assert np.isfinite(segment(made, store, gradient).squares()).all()
+
+
+def advance(it: Segment, state: State, **changes: float) -> bool:
+    return it.advance(state, **{"scale": 0.25, "rows": 4.0, "add": False, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_sum_is_finished_in_the_order_of_the_pairs(at_once: bool) -> None:
+    """(a + b) + (c + d): the same whether it is added before the update or with it."""
+    made = update()
+    state, store, _ = start(made)
+    rng = np.random.default_rng(5)
+    a, b, c, d = rng.standard_normal((4, LAYOUT.size)).astype(np.float32)
+    total = (a + b) + (c + d)
+    advance(segment(made, store, total), state)
+    expected = store.weights(1).copy()
+    it = made.segment(store, 0, LAYOUT.size, a, [(a, b), (c, d), (a, c)])
+    if not at_once:
+        it.add()
+    store.weights(1).fill(0)
+    assert advance(it, state, add=at_once)
+    assert a.tobytes() == total.tobytes()
+    assert store.weights(1).tobytes() == expected.tobytes()
 
 
 def test_an_update_is_the_formula_and_leaves_the_front_alone() -> None:
     made = update(weight_decay=0.0)
     state, store, gradient = start(made, np.float64)
     before = [v.copy() for v in (state.weights, *state.slots)]
-    made.apply(state, store, gradient, 0, LAYOUT.size, scale=0.25, rows=4.0)
+    made.segment(store, 0, LAYOUT.size, gradient).advance(state, scale=0.25, rows=4.0, add=False)
     n = LAYOUT.parameters
     velocity = 0.9 * before[1] + gradient[:n] / 4
     np.testing.assert_allclose(store.slots(1)[0], velocity, rtol=1e-14)
@@ -92,7 +119,7 @@ def test_an_update_is_the_formula_and_leaves_the_front_alone() -> None:
 def test_buffers_move_by_their_momentum_towards_the_mean() -> None:
     made = update()
     state, store, gradient = start(made, np.float64)
-    made.apply(state, store, gradient, 0, LAYOUT.size, scale=123.0, rows=4.0)
+    made.segment(store, 0, LAYOUT.size, gradient).advance(state, scale=123.0, rows=4.0, add=False)
     old, new = LAYOUT.views(state.weights), LAYOUT.views(store.weights(1))
     sums = LAYOUT.views(gradient)
     for name, momentum in (("mean", 0.1), ("variance", 0.5)):

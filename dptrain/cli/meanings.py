@@ -95,7 +95,6 @@ MEANINGS = {
     "exchange.type": "auto: solo for one worker, segments for several. allreduce does not promise the same bits for "
     "another number of workers.",
     "exchange.coordinators": "How many workers share the update; 0: all.",
-    "exchange.shared_memory": "On one machine, workers share memory instead of sending messages.",
     "exchange.deadline": "Seconds that a worker waits for the others before it gives up.",
     "output.runs": "The folder in which runs get their directories.",
     "output.journal_steps": "Steps between lines of journal.jsonl; 0: as often as keeps it small.",

@@ -16,7 +16,7 @@ from dptrain.exchange.verdict import Verdict
 from dptrain.layout import Array
 from dptrain.membership import Membership
 from dptrain.nn.accumulate import Partials
-from dptrain.state import State, Update
+from dptrain.state import State, Store, Update
 
 
 class Allreduce(Exchange):
@@ -33,23 +33,32 @@ class Allreduce(Exchange):
         dtype: npt.DTypeLike,
         outbox: int,
     ) -> None:
-        super().__init__(communicator, membership, update, dtype, outbox)
-        self._sum: Array = np.zeros(update.layout.size, dtype)
+        super().__init__(communicator, membership, update)
+        size = update.layout.size
+        self.outbox = np.zeros((outbox, size), dtype)
+        self.store = Store(update.layout, len(update.optimizer.slots), dtype)
+        self._sum: Array = np.zeros(size, dtype)
+        self._segment = update.segment(self.store, 0, size, self._sum)
 
     def squares_of_workers(self) -> Sequence[int]:
         """All blocks are the coordinator's."""
         return [self.update.blocks] + [0] * (self.membership.size - 1)
 
-    def finish(self, partials: Partials) -> npt.NDArray[np.float64]:
+    def collect(self, partials: Partials) -> None:
         """The sum over all workers, on all workers."""
         self._sum[:] = 0
         for vector in partials.vectors:
             self._sum += vector
         self.communicator.allreduce(self._sum, "allreduce")
-        return self.update.squares(self._sum, 0, len(self._sum)) if self.membership.chief else np.zeros(0)
 
-    def commit(self, state: State, verdict: Verdict) -> None:
+    def squares(self) -> npt.NDArray[np.float64]:
+        """The coordinator's."""
+        return self._segment.squares() if self.membership.chief else np.zeros(0)
+
+    def advance(self, state: State, verdict: Verdict) -> bool:
         """The coordinator updates and broadcasts."""
+        good = True
         if self.membership.chief:
-            self.update.apply(state, self.store, self._sum, 0, len(self._sum), scale=verdict.scale, rows=verdict.rows)
+            good = self._segment.advance(state, scale=verdict.scale, rows=verdict.rows, add=False)
         self.communicator.broadcast(self.store.weights(1 - state.side), "weights")
+        return good

@@ -60,11 +60,8 @@ class Communicator(Protocol):
     def barrier(self, phase: str) -> None:
         """Return when all workers have come here."""
 
-    def first_on_node(self) -> bool:
-        """Whether this worker is the lowest of those on its machine."""
-
-    def on_one_machine(self) -> bool:
-        """Whether all workers are on the same machine; the same answer for all."""
+    def machines(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks on each machine, ascending, the machine of rank 0 first; the same answer for all."""
 
     def abort(self, code: int) -> None:
         """End all workers now; for when they can't be told."""
@@ -106,13 +103,9 @@ class Alone:
     def barrier(self, phase: str) -> None:
         """Everyone is here."""
 
-    def first_on_node(self) -> bool:
-        """The only one."""
-        return True
-
-    def on_one_machine(self) -> bool:
-        """Of course."""
-        return True
+    def machines(self) -> tuple[tuple[int, ...], ...]:
+        """One worker on one machine."""
+        return ((0,),)
 
     def abort(self, code: int) -> None:
         """Nobody else to end."""

@@ -68,7 +68,7 @@ def connect(deadline: float = 600.0) -> Mpi:
 class Mpi:
     """See Communicator. ``split`` makes groups of workers that train apart from each other."""
 
-    def __init__(self, comm: Any, deadline: float) -> None:
+    def __init__(self, comm: Any, deadline: float, apart: int = 0) -> None:
         from mpi4py import MPI
 
         self._mpi = MPI
@@ -81,13 +81,17 @@ class Mpi:
         # Whoever has a core of its own may keep it while it waits; where workers share cores, waiting gives it away.
         crowded = _local_size() > len(os.sched_getaffinity(0))
         self._polls = 1 if crowded else _POLLS_BEFORE_YIELD
-        self._node: tuple[int, int] | None = None
+        self._apart = apart
+        self._machines: tuple[tuple[int, ...], ...] | None = None
         self._rows: dict[int, npt.NDArray[np.float64]] = {}
 
-    def split(self, color: int | None) -> Mpi | None:
-        """The workers that name the same color, in order of rank; None for a worker that names none."""
+    def split(self, color: int | None, apart: int = 0) -> Mpi | None:
+        """The workers that name the same color, in order of rank; None for a worker that names none.
+
+        Those that name different numbers ``apart`` behave as if they were on different machines.
+        """
         comm = self._comm.Split(self._mpi.UNDEFINED if color is None else color, self.rank)
-        return None if color is None else Mpi(comm, self.deadline)
+        return None if color is None else Mpi(comm, self.deadline, apart)
 
     def allgather(self, row: npt.NDArray[np.float64], phase: str) -> npt.NDArray[np.float64]:
         """See Communicator."""
@@ -133,21 +137,19 @@ class Mpi:
         """See Communicator."""
         self._wait([self._comm.Ibcast(vector, 0)], phase)
 
-    def first_on_node(self) -> bool:
+    def machines(self) -> tuple[tuple[int, ...], ...]:
         """See Communicator."""
-        return self._on_node()[0] == 0
-
-    def on_one_machine(self) -> bool:
-        """See Communicator."""
-        return bool(self._on_node()[1] == self.size)
-
-    def _on_node(self) -> tuple[int, int]:
-        """This worker's number among those on its machine, and how many they are."""
-        if self._node is None:
+        if self._machines is None:
             local = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank)
-            self._node = local.Get_rank(), local.Get_size()
+            lowest = array("q", [self.rank])
+            local.Bcast(lowest, 0)
             local.Free()
-        return self._node
+            every = self.allgather_json([lowest[0], self._apart], "finding the machines")
+            groups: dict[tuple[int, int], list[int]] = {}
+            for rank, key in enumerate(every):
+                groups.setdefault(tuple(key), []).append(rank)
+            self._machines = tuple(tuple(group) for group in groups.values())
+        return self._machines
 
     def barrier(self, phase: str) -> None:
         """Return when all workers have come here."""

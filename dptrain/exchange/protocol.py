@@ -1,7 +1,7 @@
-"""The way from partials to the next state, in three phases that every exchange shares.
+"""The way from partials to the next state, in phases that every exchange shares.
 
-Finish the tree; exchange one float64 verdict; update, agree, flip. An exchange says how bytes get about; what they
-mean is decided here, the same for all.
+Tell all how it went here; finish the tree; where the gradient is clipped, tell its norm; update; agree; flip. An
+exchange says how bytes get about; what they mean is decided here, the same for all.
 """
 
 import time
@@ -18,54 +18,56 @@ from dptrain.exchange.verdict import Ballot, Report, Verdict
 from dptrain.layout import Array
 from dptrain.membership import Membership
 from dptrain.nn.accumulate import Partials
+from dptrain.phases import Phase, Phases
 from dptrain.state import State, Store, Update
 
 
 class Exchange(ABC):
     """Every worker calls ``swap`` once a step, in the same order, with its partials and its report.
 
-    ``outbox`` is where the worker's partials (and its binary counter) lie. ``same_bits`` says whether the result is
-    promised to be solo's.
+    ``outbox`` is where the worker's partials (and its binary counter) lie, ``store`` where its state does.
+    ``same_bits`` says whether the result is promised to be solo's.
     """
 
     name: str
     same_bits = True
+    outbox: Array
+    store: Store
 
-    def __init__(
-        self,
-        communicator: Communicator,
-        membership: Membership,
-        update: Update,
-        dtype: npt.DTypeLike,
-        outbox: int,
-    ) -> None:
+    def __init__(self, communicator: Communicator, membership: Membership, update: Update) -> None:
         self.communicator = communicator
         self.membership = membership
         self.update = update
-        self.dtype = dtype
-        self.outbox: Array
-        self.store: Store
-        self._allocate(max(1, outbox))
+        self.phases = Phases()
         self.waited = 0.0
-        self.ballot = Ballot(membership, self.squares_of_workers(), update.clip_norm)
+        self._good = np.zeros(1)
+        self._ballot: Ballot | None = None
 
-    def _allocate(self, outbox: int) -> None:
-        """The memory of the partials, ``outbox`` rows, and of the state."""
-        layout = self.update.layout
-        self.outbox = np.zeros((outbox, layout.size), self.dtype)
-        self.store = Store(layout, len(self.update.optimizer.slots), self.dtype)
+    @property
+    def ballot(self) -> Ballot:
+        """How this exchange's workers vote."""
+        if self._ballot is None:
+            self._ballot = Ballot(self.membership, self.squares_of_workers(), self.update.clip_norm)
+        return self._ballot
 
     @abstractmethod
     def squares_of_workers(self) -> Sequence[int]:
         """How many block norms each worker reports."""
 
     @abstractmethod
-    def finish(self, partials: Partials) -> npt.NDArray[np.float64]:
-        """Phase 1: finish the tree for this worker's segment; returns the segment's squared block norms."""
+    def collect(self, partials: Partials) -> None:
+        """Get all that this worker's segment is the sum of to where it can be added."""
 
     @abstractmethod
-    def commit(self, state: State, verdict: Verdict) -> None:
-        """Phase 3: write the next state into the store's other side, on every worker."""
+    def squares(self) -> npt.NDArray[np.float64]:
+        """Finish the tree for this worker's segment; its squared block norms. Called where the gradient is clipped."""
+
+    @abstractmethod
+    def advance(self, state: State, verdict: Verdict) -> bool:
+        """Write the next state into the store's other side, on every worker; whether the own segment was finite.
+
+        The tree is finished here where ``squares`` was not asked for.
+        """
 
     def swap(self, state: State, partials: Partials, report: Report) -> tuple[State, Verdict]:
         """The next state and the verdict on the step.
@@ -73,29 +75,43 @@ class Exchange(ABC):
         The state is unchanged when the verdict is not finite, but for ``step``. Raises PeerFailed on all workers
         when any of them reports a failure, and DeadlineError when one keeps the others waiting.
         """
-        squares = self.finish(partials)
-        started = time.perf_counter()
-        row = self.ballot.row(replace(report, wait=self.waited), partials.tallies, squares)
-        verdict = self.ballot.read(self.communicator.allgather(row, "verdict"))
-        self.waited = time.perf_counter() - started
+        row = self.ballot.row(replace(report, wait=self.waited), partials.tallies)
+        self.waited = 0.0
+        verdict = self.ballot.read(self._gathered(row, "partials"))
         if verdict.failures:
             rank, code = verdict.failures[0]
             raise PeerFailed(rank, state.step, "forward and backward", code)
+        if verdict.finite:
+            verdict = self._decided(state, verdict, partials)
+        after = replace(state, step=state.step + 1)
         if not verdict.finite:
-            return replace(state, step=state.step + 1), verdict
-        self.commit(state, verdict)
+            return after, verdict
         back = 1 - state.side
-        return (
-            replace(
-                state,
-                step=state.step + 1,
-                updates=state.updates + 1,
-                weights=self.store.weights(back),
-                slots=self.store.slots(back),
-                side=back,
-            ),
-            verdict,
-        )
+        weights, slots = self.store.weights(back), self.store.slots(back)
+        return replace(after, updates=state.updates + 1, weights=weights, slots=slots, side=back), verdict
+
+    def _decided(self, state: State, verdict: Verdict, partials: Partials) -> Verdict:
+        """Write the next state, and agree on whether it counts."""
+        self.phases.begin(Phase.EXCHANGE)
+        self.collect(partials)
+        if self.update.clip_norm:
+            squares = self.ballot.row_of_squares(self.squares())
+            verdict = self.ballot.clipped(verdict, self._gathered(squares, "norms"))
+            if not verdict.finite:
+                return verdict
+        self.phases.begin(Phase.UPDATE)
+        self._good[0] = self.advance(state, verdict)
+        every = self._gathered(self._good, "the new state")
+        return verdict if every.all() else replace(verdict, finite=False)
+
+    def _gathered(self, row: npt.NDArray[np.float64], phase: str) -> npt.NDArray[np.float64]:
+        """All workers' rows; nobody goes on before all have come here."""
+        self.phases.begin(Phase.WAITING)
+        started = time.perf_counter()
+        rows = self.communicator.allgather(row, phase)
+        self.waited += time.perf_counter() - started
+        self.phases.begin(Phase.EXCHANGE)
+        return rows
 
     def gather(
         self, rows: npt.NDArray[np.float64], total: int, report: Report, step: int, phase: str

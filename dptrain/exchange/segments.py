@@ -1,12 +1,20 @@
-"""Several workers over a transport that moves bytes: each coordinator finishes the tree for its segment.
+"""Several workers: each coordinator finishes the tree for its segment of the flat vector.
 
-Phase 1: every worker sends each coordinator that segment of its partials; the coordinator adds them in the canonical
-order. Phase 3: the finished sums are handed out, the same bytes as the weights would be, and every worker applies
-the update to its own whole state, so that any of them could go on alone. ``coordinators`` = 1 is the plain picture of
-one rank that adds everything; as many as there are workers leaves none the bottleneck. The bits are the same.
+Workers of one machine may share memory: then partials, weights and optimizer state lie there, once a machine, and
+nothing is copied among them. Backward writes a worker's partials straight into its outbox; each coordinator adds up
+its segment over all outboxes, and updates it in the back buffer of the one state.
+
+Between machines bytes travel by segment. Of each foreign segment one worker of a machine, its carrier, adds what
+the machine's outboxes hold of it and sends the coordinator the sums; the finished sum comes back, the same bytes as
+the weights would be, and the carrier applies the update to its own machine's state. So every local worker has a lane
+of its own, and every machine holds the whole state. A machine may consist of a single worker with private memory:
+then all that is left is messages. ``coordinators`` = 1 is the plain picture of one rank that adds everything; as many
+as there are workers leaves none the bottleneck. The bits are the same in all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,17 +22,92 @@ import numpy.typing as npt
 from dptrain.exchange.communicator import Communicator, Message, Posted
 from dptrain.exchange.protocol import Exchange
 from dptrain.exchange.verdict import Verdict
-from dptrain.layout import BLOCK, Array, segments
+from dptrain.layout import BLOCK, Array, Layout, segments
 from dptrain.membership import Membership
 from dptrain.nn.accumulate import Partials
-from dptrain.state import State, Update
-from dptrain.tree import Node, additions
+from dptrain.phases import Phase
+from dptrain.state import Pair, Segment, State, Store, Update
+from dptrain.tree import Add, Node, merged
+
+_ALIGNED = 64
+
+SUM = 0
+"""The tag of a finished sum; partials have the tags from 1 on."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Which workers share memory: every rank is in one of ``groups``, as is ``rank``."""
+
+    groups: tuple[tuple[int, ...], ...]
+    rank: int
+
+    @property
+    def here(self) -> tuple[int, ...]:
+        """The workers that share memory with this one, itself among them."""
+        return self.groups[self.number(self.rank)]
+
+    def number(self, rank: int) -> int:
+        """The number of the machine that a worker is on."""
+        return next(i for i, group in enumerate(self.groups) if rank in group)
+
+    def carrier(self, machine: int, owner: int) -> int:
+        """The worker of a machine that deals with the segment of ``owner``: itself, or the one of the same lane."""
+        group = self.groups[machine]
+        if owner in group:
+            return owner
+        return group[self.groups[self.number(owner)].index(owner) % len(group)]
+
+
+class Memory:
+    """The state and the outboxes of the workers ``here``, of whom each has some rows."""
+
+    def __init__(self, layout: Layout, slots: int, dtype: npt.DTypeLike, outboxes: Sequence[int]) -> None:
+        """``outboxes``: the rows of each worker of the machine, in their order."""
+        self._dtype = np.dtype(dtype)
+        self._layout, self._slots, self._outboxes = layout, slots, list(outboxes)
+        unit = _ALIGNED // self._dtype.itemsize
+        self._row = -(-layout.size // unit) * unit
+        self._slot = -(-layout.parameters // unit) * unit
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes needed."""
+        return (2 * (self._row + self._slots * self._slot) + sum(self._outboxes) * self._row) * self._dtype.itemsize
+
+    def place(self, memory: Array | None) -> tuple[Store, list[Array]]:
+        """The store and the outboxes in ``memory``, ``nbytes`` of zeros; None for private memory, touched at once."""
+        if memory is None:
+            memory = np.empty(self.nbytes, np.uint8)
+            memory.fill(0)
+        elements = memory.view(self._dtype)
+        counts = [2 * self._row, 2 * self._slots * self._slot, *(rows * self._row for rows in self._outboxes)]
+        weights, moments, *boxes = np.split(elements, np.cumsum(counts)[:-1])
+        layout = self._layout
+        store = Store.of(
+            weights.reshape(2, self._row)[:, : layout.size],
+            moments.reshape(2, self._slots, self._slot)[:, :, : layout.parameters],
+        )
+        return store, [
+            box.reshape(rows, self._row)[:, : layout.size] for box, rows in zip(boxes, self._outboxes, strict=True)
+        ]
+
+
+class _Carried(NamedTuple):
+    """A segment of another machine's: what is sent for it, and the way its finished sum takes here."""
+
+    sends: list[Message]
+    pairs: list[Pair]
+    sum: Message
+    segment: Segment
 
 
 class Segments(Exchange):
-    """``coordinators`` of the workers, the lowest ranks, own a segment each."""
+    """``coordinators`` of the workers, the lowest ranks, own a segment each; ``machines`` says who shares memory.
 
-    name = "segments"
+    ``memory`` holds what :class:`Memory` measured for the workers of this machine, whose outboxes have so many rows;
+    None where this worker shares with nobody.
+    """
 
     def __init__(
         self,
@@ -32,86 +115,135 @@ class Segments(Exchange):
         membership: Membership,
         update: Update,
         dtype: npt.DTypeLike,
-        outbox: int,
+        outboxes: Sequence[int],
         *,
+        name: str,
         coordinators: int,
+        machines: Machines,
+        memory: Array | None,
     ) -> None:
+        super().__init__(communicator, membership, update)
+        self.name = name
         cuts = segments(update.layout.size, coordinators)
         empty = (update.layout.size, update.layout.size)
-        self.segments = cuts + [empty] * (membership.size - coordinators)
-        self.lo, self.hi = self.segments[membership.rank]
-        self._sum: Array
-        super().__init__(communicator, membership, update, dtype, outbox)
-        everyone = [node for nodes in membership.nodes for node in nodes]
-        self._plan = additions(everyone, Node(0, membership.shards))
+        self._segments = cuts + [empty] * (membership.size - coordinators)
+        self._machines = machines
+        place = Memory(update.layout, len(update.optimizer.slots), dtype, outboxes).place(memory)
+        self.store, boxes = place
+        self.outbox = boxes[machines.here.index(membership.rank)]
+        self._goal = Node(0, membership.shards)
+        self._vectors = {
+            node: box[i]
+            for rank, box in zip(machines.here, boxes, strict=True)
+            for i, node in enumerate(membership.nodes[rank])
+        }
+        self._merged = [
+            merged((node for rank in group for node in membership.nodes[rank]), self._goal) for group in machines.groups
+        ]
+        self._own = self._owned(dtype)
+        self._carried = [
+            self._carry(owner, lo, hi)
+            for owner, (lo, hi) in enumerate(self._segments)
+            if lo < hi and owner not in machines.here and self._carrier_here(owner) == membership.rank
+        ]
 
-    def _allocate(self, outbox: int) -> None:
-        super()._allocate(outbox)
-        membership, rank = self.membership, self.membership.rank
-        self._sum = np.zeros(self.update.layout.size, self.dtype)
-        foreign = [
-            (peer, i, node)
-            for peer, nodes in enumerate(membership.nodes)
-            if peer != rank and self.lo < self.hi
-            for i, node in enumerate(nodes)
-        ]
-        self._inbox: Array = np.zeros((len(foreign), self.hi - self.lo), self.dtype)
-        self._values: dict[Node, Array] = {}
-        self._receives = []
-        for row, (peer, i, node) in zip(self._inbox, foreign, strict=True):
-            self._receives.append(Message(peer, row, i))
-            self._values[node] = row
-        others = [peer for peer in range(membership.size) if peer != rank]
-        self._hand_out = [Message(peer, self._sum[self.lo : self.hi], 0) for peer in others if self.lo < self.hi]
-        self._take_in = [
-            Message(peer, self._sum[slice(*self.segments[peer])], 0)
-            for peer in others
-            if self.segments[peer][0] < self.segments[peer][1]
-        ]
+    def _carrier_here(self, owner: int) -> int:
+        return self._machines.carrier(self._machines.number(self.membership.rank), owner)
+
+    def _owned(self, dtype: npt.DTypeLike) -> Segment | None:
+        """This worker's segment, and the messages that concern it."""
+        rank = self.membership.rank
+        lo, hi = self._segments[rank]
+        self._receives: list[Message] = []
+        self._hand_out: list[Message] = []
+        if lo == hi:
+            return None
+        values = {node: vector[lo:hi] for node, vector in self._vectors.items()}
+        for machine, (roots, _) in enumerate(self._merged):
+            if rank in self._machines.groups[machine]:
+                continue
+            carrier = self._machines.carrier(machine, rank)
+            for i, root in enumerate(roots):
+                values[root] = np.zeros(hi - lo, dtype)
+                self._receives.append(Message(carrier, values[root], i + 1))
+        _, plan = merged(values, self._goal)
+        pairs, total = _in_place(values, plan, self._goal)
+        for machine, group in enumerate(self._machines.groups):
+            if rank not in group:
+                self._hand_out.append(Message(self._machines.carrier(machine, rank), total, SUM))
+        return self.update.segment(self.store, lo, hi, total, pairs)
+
+    def _carry(self, owner: int, lo: int, hi: int) -> _Carried:
+        """What this worker does for a segment that is finished on another machine."""
+        roots, plan = self._merged[self._machines.number(self.membership.rank)]
+        values = {node: vector[lo:hi] for node, vector in self._vectors.items()}
+        pairs, _ = _in_place(values, plan, None)
+        sends = [Message(owner, values[root], i + 1) for i, root in enumerate(roots)]
+        # What was sent has left its place before a sum comes, and nobody else touches this range of the outbox.
+        total = self.outbox[0, lo:hi]
+        return _Carried(sends, pairs, Message(owner, total, SUM), self.update.segment(self.store, lo, hi, total))
 
     def squares_of_workers(self) -> Sequence[int]:
         """The blocks of each coordinator's segment."""
-        return [-(-(hi - lo) // BLOCK) for lo, hi in self.segments]
+        return [-(-(hi - lo) // BLOCK) for lo, hi in self._segments]
 
-    def finish(self, partials: Partials) -> npt.NDArray[np.float64]:
-        """Send the others their segments, add up one's own."""
-        sends = [
-            Message(peer, vector[lo:hi], i)
-            for peer, (lo, hi) in enumerate(self.segments)
-            if peer != self.membership.rank and lo < hi
-            for i, vector in enumerate(partials.vectors)
-        ]
-        self.communicator.post(sends, self._receives, "partials").wait()
-        if self.lo == self.hi:
+    def collect(self, partials: Partials) -> None:
+        """Add what this machine has of foreign segments, send it, and receive what others have of one's own."""
+        posted: list[Posted] = [self.communicator.post([], self._receives, "partials")]
+        for carried in self._carried:
+            _add(carried.pairs)
+            posted.append(self.communicator.post(carried.sends, [], "partials"))
+        _wait(posted)
+
+    def squares(self) -> npt.NDArray[np.float64]:
+        """Finish the tree for one's own segment."""
+        if self._own is None:
             return np.zeros(0)
-        values = {**self._values}
-        for node, vector in zip(partials.nodes, partials.vectors, strict=True):
-            values[node] = vector[self.lo : self.hi]
-        self._add(values)
-        return self.update.squares(self._sum, self.lo, self.hi)
+        self._own.add()
+        return self._own.squares()
 
-    def _add(self, values: dict[Node, Array]) -> None:
-        """The sum of one's own segment, from all nodes' parts of it."""
-        goal = Node(0, self.membership.shards)
-        total = self._sum[self.lo : self.hi]
-        if not self._plan:
-            np.copyto(total, values[goal])
-            return
-        # A block at a time, so that every addition after the first finds its operands in the cache. The last
-        # addition writes into the sum, the others over their left operand, which nobody needs again.
-        for start in range(0, self.hi - self.lo, BLOCK):
-            block = {node: array[start : start + BLOCK] for node, array in values.items()}
-            for parent, left, right in self._plan:
-                into = total[start : start + BLOCK] if parent == goal else block[left]
-                block[parent] = np.add(block[left], block[right], out=into)
+    def advance(self, state: State, verdict: Verdict) -> bool:
+        """Update one's own segment, here while its sum travels, and those that are carried as their sums arrive."""
+        own, add = self._own, not self.update.clip_norm
+        if self._hand_out and own is not None and add:
+            own.add()
+            add = False
+        posted = [self.communicator.post(self._hand_out, [], "sums")]
+        arriving = [self.communicator.post([], [carried.sum], "sums") for carried in self._carried]
+        good = True
+        if own is not None:
+            good = own.advance(state, scale=verdict.scale, rows=verdict.rows, add=add)
+        for carried, sum_ in zip(self._carried, arriving, strict=True):
+            _wait([sum_])
+            self.phases.begin(Phase.UPDATE)
+            carried.segment.advance(state, scale=verdict.scale, rows=verdict.rows, add=False)
+        _wait(posted)
+        return good
 
-    def commit(self, state: State, verdict: Verdict) -> None:
-        """Hand the finished sums out, and update one's own segment while they travel."""
-        posted: Posted = self.communicator.post(self._hand_out, self._take_in, "sums")
-        for lo, hi in ((self.lo, self.hi), (0, self.lo), (self.hi, self.update.layout.size)):
-            if lo < hi:
-                self._apply(state, lo, hi, verdict)
-            posted.wait()
 
-    def _apply(self, state: State, lo: int, hi: int, verdict: Verdict) -> None:
-        self.update.apply(state, self.store, self._sum, lo, hi, scale=verdict.scale, rows=verdict.rows)
+def _in_place(values: dict[Node, Array], plan: Sequence[Add], goal: Node | None) -> tuple[list[Pair], Array]:
+    """The plan's additions, each over its left operand, which nobody needs again; ``values`` gets the new nodes.
+
+    The second value is that of the goal, if there is one.
+    """
+    pairs = []
+    for parent, left, right in plan:
+        values[parent] = values[left]
+        pairs.append((values[left], values[right]))
+    return pairs, values[goal] if goal is not None else np.zeros(0)
+
+
+def _add(pairs: Iterable[Pair]) -> None:
+    """A block at a time, so that every addition after the first finds its operands in the cache."""
+    pairs = list(pairs)
+    if not pairs:
+        return
+    for start in range(0, len(pairs[0][0]), BLOCK):
+        part = slice(start, start + BLOCK)
+        for left, right in pairs:
+            np.add(left[part], right[part], out=left[part])
+
+
+def _wait(posted: Iterable[Posted]) -> None:
+    for some in posted:
+        some.wait()

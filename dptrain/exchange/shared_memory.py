@@ -1,58 +1,110 @@
-"""Memory that all workers of one machine share: a file in /dev/shm that is unlinked as soon as all have mapped it.
+"""Memory that the workers of one machine share, and that no crash leaves behind.
 
-No crash leaves anything behind, and the memory outlives any of the workers. All of it is reserved when it is made, so
-that nobody dies of a bus error later.
+One worker reserves it, the others attach to it. At first without a name (memfd_create): the others open it by way of
+/proc, it lies in no directory, and it isn't held to the size of /dev/shm, of which a container has 64 MB. Where that
+is not allowed, it is a file in /dev/shm, unlinked as soon as all have mapped it. All of it is reserved at once, so
+that nobody dies of a bus error later, and it outlives any of the workers.
 """
 
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from dptrain.exchange.communicator import Communicator
+from dptrain.errors import LaunchError
 from dptrain.layout import Array
 
 FOLDER = Path("/dev/shm")
 
+HOST = os.uname().nodename
 
-def shared(communicator: Communicator, nbytes: int) -> Array | None:
-    """``nbytes`` zero bytes that all workers see, or None on all of them where that can't be had."""
-    path = communicator.broadcast_json(_create(nbytes) if communicator.rank == 0 else None, "sharing memory")
-    if path is None:
-        return None
+
+class Reserved:
+    """Memory that others may attach to by ``path`` until it is released; what is attached stays."""
+
+    def __init__(self, handle: int, path: str, name: Path | None) -> None:
+        self.path = path
+        self._handle, self._name = handle, name
+
+    def release(self) -> None:
+        """Nobody can attach any more."""
+        os.close(self._handle)
+        if self._name is not None:
+            self._name.unlink()
+
+
+def nameless(nbytes: int) -> Reserved:
+    """Reserve memory that has no name. LaunchError where the machine hasn't so much."""
+    handle = os.memfd_create("dptrain", os.MFD_CLOEXEC)
+    return _reserved(
+        handle, nbytes, f"/proc/{os.getpid()}/fd/{handle}", None, "start fewer workers, or a smaller model"
+    )
+
+
+def in_dev_shm(nbytes: int) -> Reserved:
+    """Reserve a file in /dev/shm. LaunchError where that is too small."""
+    name = FOLDER / f"dptrain-{os.urandom(8).hex()}"
     try:
-        memory = _map(path, nbytes)
-    except OSError:
-        # Containers of one machine may each have a /dev/shm of their own.
-        memory = None
-    everyone = communicator.allgather_json(memory is not None, "sharing memory")
-    if communicator.rank == 0:
-        os.unlink(path)
-    return memory if all(everyone) else None
+        handle = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    except OSError as error:
+        raise _too_little(nbytes, f"no file can be made there: {error.strerror}", _CURE) from None
+    return _reserved(handle, nbytes, str(name), name, _CURE)
 
 
-def _create(nbytes: int) -> str | None:
-    path = FOLDER / f"dptrain-{os.urandom(8).hex()}"
+WAYS: tuple[Callable[[int], Reserved], ...] = (nameless, in_dev_shm)
+"""To be tried in this order, until all can attach."""
+
+_CURE = 'docker run --shm-size=…, shm_size in docker-compose.yml, or exchange.type = "segments", which sends messages'
+
+
+def attach(path: str, nbytes: int) -> Array | None:
+    """The memory as ``nbytes`` bytes; None where this process can't get at it."""
     try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        handle = os.open(path, os.O_RDWR)
     except OSError:
+        # Not allowed to look at the other's files, or containers of one machine that have each their own.
         return None
-    try:
-        os.posix_fallocate(handle, 0, nbytes)
-    except OSError:
-        os.unlink(path)
-        return None
-    finally:
-        os.close(handle)
-    return str(path)
-
-
-def _map(path: str, nbytes: int) -> Array:
-    handle = os.open(path, os.O_RDWR)
     try:
         if os.fstat(handle).st_size != nbytes:
-            raise OSError(f"{path} is another file")
+            return None
         return np.frombuffer(mmap.mmap(handle, nbytes), np.uint8)
     finally:
         os.close(handle)
+
+
+def unreachable(rank: int) -> LaunchError:
+    """The error of a worker that can attach in no way."""
+    return LaunchError(
+        f"rank {rank} on {HOST}",
+        expected="memory that it can share with the other workers of its machine",
+        found="neither /proc nor /dev/shm gives it what the first of them reserved",
+        cure='start the workers in one container, or set exchange.type = "segments", which sends messages',
+    )
+
+
+def _reserved(handle: int, nbytes: int, path: str, name: Path | None, cure: str) -> Reserved:
+    made = Reserved(handle, path, name)
+    try:
+        os.posix_fallocate(handle, 0, nbytes)
+    except OSError as error:
+        made.release()
+        raise _too_little(nbytes, _room(name, error), cure) from None
+    return made
+
+
+def _room(name: Path | None, error: OSError) -> str:
+    if name is None:
+        return error.strerror or str(error)
+    room = os.statvfs(FOLDER)
+    return f"{room.f_bavail * room.f_frsize >> 20} MB"
+
+
+def _too_little(nbytes: int, found: str, cure: str) -> LaunchError:
+    return LaunchError(
+        f"shared memory on {HOST}",
+        expected=f"{-(-nbytes >> 20)} MB for the partials of its workers and the state",
+        found=found,
+        cure=cure,
+    )

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from dptrain.exchange.communicator import Communicator
 from dptrain.exchange.protocol import Exchange
 from dptrain.exchange.verdict import Verdict
+from dptrain.membership import Membership
 from dptrain.nn.accumulate import Partials
-from dptrain.state import State
+from dptrain.state import State, Store, Update
 
 
 class Solo(Exchange):
@@ -16,15 +18,31 @@ class Solo(Exchange):
 
     name = "solo"
 
+    def __init__(
+        self,
+        communicator: Communicator,
+        membership: Membership,
+        update: Update,
+        dtype: npt.DTypeLike,
+        outbox: int,
+    ) -> None:
+        super().__init__(communicator, membership, update)
+        size = update.layout.size
+        self.outbox = np.zeros((outbox, size), dtype)
+        self.store = Store(update.layout, len(update.optimizer.slots), dtype)
+        self._segment = update.segment(self.store, 0, size, self.outbox[0])
+
     def squares_of_workers(self) -> Sequence[int]:
         """All blocks."""
         return [self.update.blocks]
 
-    def finish(self, partials: Partials) -> npt.NDArray[np.float64]:
-        """Nothing is left to add."""
-        (self._sum,) = partials.vectors
-        return self.update.squares(self._sum, 0, len(self._sum))
+    def collect(self, partials: Partials) -> None:
+        """The only partial is where it belongs."""
 
-    def commit(self, state: State, verdict: Verdict) -> None:
+    def squares(self) -> npt.NDArray[np.float64]:
+        """Nothing is left to add."""
+        return self._segment.squares()
+
+    def advance(self, state: State, verdict: Verdict) -> bool:
         """Update everything."""
-        self.update.apply(state, self.store, self._sum, 0, len(self._sum), scale=verdict.scale, rows=verdict.rows)
+        return self._segment.advance(state, scale=verdict.scale, rows=verdict.rows, add=False)

@@ -6,7 +6,7 @@ canonical tree, squared norms over blocks in their order.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -49,54 +49,57 @@ class Verdict:
 
 
 class Ballot:
-    """Packs reports into rows and reads the verdict off all rows."""
+    """Packs reports into rows, reads the verdict off all rows, and the norm off all rows of squares."""
 
     def __init__(self, membership: Membership, squares: Sequence[int], clip_norm: float) -> None:
-        """``squares``: the number of block norms of each worker's segment; one flag stands for them if not clipping."""
+        """``squares``: the number of block norms of each worker's segment."""
         self.membership = membership
         self.clip_norm = clip_norm
-        self.squares = [count if clip_norm else min(1, count) for count in squares]
+        self.squares = list(squares)
         self._nodes = max(len(nodes) for nodes in membership.nodes)
-        self._row = np.zeros(_HEAD + self._nodes * _TALLIES + max(self.squares))
+        self._row = np.zeros(_HEAD + self._nodes * _TALLIES)
+        self._squares = np.zeros(max(1, *self.squares))
 
-    def row(
-        self, report: Report, tallies: npt.NDArray[np.float64], squares: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.float64]:
+    def row(self, report: Report, tallies: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """This worker's row; valid until the next call."""
         row = self._row
-        row[:] = 0
+        row[_HEAD:] = 0
         row[:_HEAD] = report.failure, report.signal, report.compute, report.wait
         row[_HEAD : _HEAD + tallies.size] = tallies.ravel()
-        mine = self.squares[self.membership.rank]
-        at = _HEAD + self._nodes * _TALLIES
-        row[at : at + mine] = squares if self.clip_norm else squares.sum()
         return row
 
+    def row_of_squares(self, squares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """This worker's squared block norms as a row; valid until the next call."""
+        self._squares[: len(squares)] = squares
+        return self._squares
+
     def read(self, rows: npt.NDArray[np.float64]) -> Verdict:
-        """The verdict of all rows, in order of rank."""
+        """The verdict of all rows, in order of rank, as far as it doesn't depend on the gradient."""
         values: dict[Node, npt.NDArray[np.float64]] = {}
         for rank, nodes in enumerate(self.membership.nodes):
             tallies = rows[rank, _HEAD : _HEAD + len(nodes) * _TALLIES].reshape(-1, _TALLIES)
             values.update(zip(nodes, tallies, strict=True))
         weight, loss, count = finish(values, Node(0, self.membership.shards), np.add).tolist()
-        at = _HEAD + self._nodes * _TALLIES
-        square = 0.0
-        for rank, blocks in enumerate(self.squares):
-            for value in rows[rank, at : at + blocks].tolist():
-                square += value
-        norm = math.sqrt(square) / weight if square >= 0 and weight > 0 else math.nan
         scale = 1 / weight if weight > 0 else math.nan
-        if self.clip_norm and norm > self.clip_norm:
-            scale *= self.clip_norm / norm
         return Verdict(
             weight=weight,
             loss=loss,
             rows=count,
-            norm=norm if self.clip_norm else None,
+            norm=None,
             scale=scale,
-            finite=math.isfinite(square) and math.isfinite(loss) and math.isfinite(scale),
+            finite=math.isfinite(loss) and math.isfinite(scale),
             signal=int(rows[:, SIGNAL].max()),
             failures=tuple((rank, int(code)) for rank, code in enumerate(rows[:, FAILURE].tolist()) if code),
             compute=tuple(rows[:, COMPUTE].tolist()),
             wait=tuple(rows[:, WAIT].tolist()),
         )
+
+    def clipped(self, verdict: Verdict, rows: npt.NDArray[np.float64]) -> Verdict:
+        """The verdict with the norm of the mean gradient, from all rows of squares in order of rank."""
+        square = 0.0
+        for rank, blocks in enumerate(self.squares):
+            for value in rows[rank, :blocks].tolist():
+                square += value
+        norm = math.sqrt(square) / verdict.weight if square >= 0 else math.nan
+        scale = verdict.scale * (self.clip_norm / norm) if norm > self.clip_norm else verdict.scale
+        return replace(verdict, norm=norm, scale=scale, finite=verdict.finite and math.isfinite(square))

@@ -346,12 +346,12 @@ class Arithmetic(Spec):
 class Exchange(Spec):
     """How partials meet. ``coordinators`` 0 means every worker; ``deadline`` is in seconds.
 
-    ``shared_memory``: on one machine, ``segments`` keeps partials and state in memory that all workers share.
+    ``auto`` is ``solo`` for one worker and ``node`` for several. ``node``: the workers of a machine share memory, and
+    messages go between machines only. ``segments``: messages everywhere.
     """
 
-    type: Literal["auto", "solo", "segments", "allreduce"] = "auto"
+    type: Literal["auto", "solo", "node", "segments", "allreduce"] = "auto"
     coordinators: Natural = 0
-    shared_memory: bool = True
     deadline: Positive = 600.0
 
 

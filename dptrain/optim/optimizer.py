@@ -6,10 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dptrain.job import spec
-from dptrain.layout import BLOCK, Array
-
-STRETCH = 2 * BLOCK
-"""Elements that all passes of an update go over before the next ones: they stay in a core's L2 cache."""
+from dptrain.layout import Array
 
 
 class Optimizer(ABC):
@@ -20,41 +17,12 @@ class Optimizer(ABC):
 
     slots: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
-        self._scratch = np.empty((2, 0))
-
-    def update(
-        self,
-        weights: Array,
-        gradient: Array,
-        slots: Sequence[Array],
-        new_weights: Array,
-        new_slots: Sequence[Array],
-        *,
-        scale: float,
-        lr: float,
-        count: int,
-    ) -> None:
-        """Read the old weights and slots, write the new, which lie elsewhere; all are 1-D of one length and dtype.
-
-        ``gradient * scale`` is the mean gradient; ``count`` is the number of this update, from 1.
-        """
-        if self._scratch.dtype != weights.dtype or not self._scratch.size:
-            self._scratch = np.empty((2, STRETCH), weights.dtype)
-        rates = self._rates(float(scale), float(lr), count)
-        for at in range(0, len(weights), STRETCH):
-            part = slice(at, at + STRETCH)
-            w = weights[part]
-            t, u = self._scratch[0, : len(w)], self._scratch[1, : len(w)]
-            old, new = [s[part] for s in slots], [s[part] for s in new_slots]
-            self._stretch(w, gradient[part], old, new_weights[part], new, rates, t, u)
+    @abstractmethod
+    def rates(self, scale: float, lr: float, count: int) -> tuple[float, ...]:
+        """The numbers of update ``count`` (from 1) that every element shares; ``gradient * scale`` is the mean."""
 
     @abstractmethod
-    def _rates(self, scale: float, lr: float, count: int) -> tuple[float, ...]:
-        """The numbers of this update that every element shares."""
-
-    @abstractmethod
-    def _stretch(
+    def stretch(
         self,
         w: Array,
         g: Array,
@@ -65,7 +33,7 @@ class Optimizer(ABC):
         t: Array,
         u: Array,
     ) -> None:
-        """Update a stretch; t and u are scratch."""
+        """Read w, g and old, write new_w and new, which lie elsewhere; t and u are scratch of the same length."""
 
 
 class SGD(Optimizer):
@@ -75,14 +43,14 @@ class SGD(Optimizer):
     """
 
     def __init__(self, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> None:
-        super().__init__()
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.slots = ("momentum",) if momentum else ()
 
-    def _rates(self, scale: float, lr: float, count: int) -> tuple[float, ...]:
+    def rates(self, scale: float, lr: float, count: int) -> tuple[float, ...]:
+        """See Optimizer."""
         return scale, lr
 
-    def _stretch(
+    def stretch(
         self,
         w: Array,
         g: Array,
@@ -93,6 +61,7 @@ class SGD(Optimizer):
         t: Array,
         u: Array,
     ) -> None:
+        """See Optimizer."""
         scale, lr = rates
         mean = u if self.nesterov or not self.momentum else new[0]
         np.multiply(g, scale, out=mean)
@@ -128,16 +97,16 @@ class Adam(Optimizer):
         weight_decay: float = 0.0,
         decoupled: bool = False,
     ) -> None:
-        super().__init__()
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.weight_decay, self.decoupled = weight_decay, decoupled
 
-    def _rates(self, scale: float, lr: float, count: int) -> tuple[float, ...]:
+    def rates(self, scale: float, lr: float, count: int) -> tuple[float, ...]:
+        """See Optimizer."""
         first = 1.0 - power(self.beta1, count)
         second = 1.0 - power(self.beta2, count)
         return scale, lr / first, float(np.sqrt(second)), 1.0 - lr * self.weight_decay
 
-    def _stretch(
+    def stretch(
         self,
         w: Array,
         g: Array,
@@ -148,6 +117,7 @@ class Adam(Optimizer):
         t: Array,
         u: Array,
     ) -> None:
+        """See Optimizer."""
         scale, step, root, shrink = rates
         m, v = new
         np.multiply(g, scale, out=t)

@@ -11,6 +11,9 @@ SHARDS = (1, 6, 8, 12)
 ROUNDS = ((8,), (7, 1), (5, 3), (4, 2, 2))
 """How eight ranks split into groups, so that one launch sees every number of workers."""
 
+MACHINES = (((2, 2), 0), ((3, 1), 0), ((2, 2, 1), 1), ((4, 4), 0), ((4, 3, 1), 5))
+"""Workers of each machine, and coordinators (0: all): as many lanes here as there, more, fewer, a lone worker."""
+
 # 1,259 training rows are no multiple of 100, and 100 none of 6, 8 or 12 shards. Its 166,000 parameters are cut into
 # eleven blocks, so that each of eight coordinators has a segment of its own.
 MLP: dict[str, Any] = {

@@ -17,16 +17,28 @@ from dptrain.exchange.communicator import Alone  # noqa: E402
 from dptrain.exchange.mpi import Mpi, connect  # noqa: E402
 from dptrain.job.spec import Job  # noqa: E402
 from dptrain.training import run  # noqa: E402
-from tests.exchange.jobs import JOBS, ROUNDS, SHARDS, coordinators, job  # noqa: E402
+from tests.exchange.jobs import JOBS, MACHINES, ROUNDS, SHARDS, coordinators, job  # noqa: E402
 
 
-def in_groups(world: Mpi, sizes: tuple[int, ...]) -> tuple[int, Mpi]:
+def in_groups(world: Mpi, sizes: tuple[int, ...], apart: int = 0) -> tuple[int, Mpi]:
     """This rank's group and its communicator."""
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     group = max(i for i, start in enumerate(starts) if start <= world.rank)
-    communicator = world.split(group)
+    communicator = world.split(group, apart)
     assert communicator is not None
     return group, communicator
+
+
+def on_machines(sizes: tuple[int, ...], rank: int) -> int:
+    """The machine of a rank, when machines of these sizes are dealt ranks in turn, until each has its number."""
+    left = list(sizes)
+    dealt: list[int] = []
+    while any(left):
+        for machine, some in enumerate(left):
+            if some:
+                dealt.append(machine)
+                left[machine] -= 1
+    return dealt[rank] if rank < len(dealt) else 0
 
 
 def trained(label: dict[str, Any], it: Job, communicator: Any, folder: Path, **options: Any) -> dict[str, Any]:
@@ -36,9 +48,9 @@ def trained(label: dict[str, Any], it: Job, communicator: Any, folder: Path, **o
     return {**label, **asdict(result)}
 
 
-def with_exchange(name: str, shards: int, kind: str, count: int = 0, shared: bool = True, **changes: Any) -> Job:
+def with_exchange(name: str, shards: int, kind: str, count: int = 0, **changes: Any) -> Job:
     """A job of jobs.py with its exchange."""
-    return job(name, shards, exchange={"type": kind, "coordinators": count, "shared_memory": shared}, **changes)
+    return job(name, shards, exchange={"type": kind, "coordinators": count}, **changes)
 
 
 def main(folder: Path) -> None:
@@ -55,11 +67,19 @@ def main(folder: Path) -> None:
         group, comm = in_groups(world, sizes)
         for name in JOBS:
             for shards in SHARDS:
-                for shared in (True, False):
+                for kind in ("node", "segments"):
                     count = coordinators(comm.size, shards) if group < 2 else 0
-                    label = {"case": "segments", "shared": shared, "job": name, "shards": shards, "size": comm.size}
-                    it = with_exchange(name, shards, "segments", count, shared)
+                    label = {"case": kind, "job": name, "shards": shards, "size": comm.size}
+                    it = with_exchange(name, shards, kind, count)
                     note(trained({**label, "group": group}, it, comm, folder), comm)
+
+    for number, (sizes, count) in enumerate(MACHINES):
+        _, comm = in_groups(world, (sum(sizes), 8 - sum(sizes)), on_machines(sizes, world.rank))
+        for name in JOBS:
+            for shards in SHARDS:
+                if world.rank < sum(sizes):
+                    label = {"case": "machines", "number": number, "job": name, "shards": shards, "size": comm.size}
+                    note(trained(label, with_exchange(name, shards, "node", count), comm, folder), comm)
 
     for name in JOBS:
         for shards in SHARDS:
@@ -73,14 +93,11 @@ def main(folder: Path) -> None:
         note(trained(label, with_exchange("mlp", 8, "allreduce"), comm, folder), comm)
 
     # Begun by three workers, gone on with by five over another number of coordinators, ended by one alone.
-    for size, steps, kind, count in ((3, 4, "segments", 1), (5, 9, "segments", 5), (1, 15, "auto", 0)):
-        shared = size == 5
+    for size, steps, kind, count in ((3, 4, "segments", 1), (5, 9, "node", 5), (1, 15, "auto", 0)):
         comm = world.split(0 if world.rank < size else None)
         if comm is not None:
             changes = {"steps": steps, "evaluate_steps": 1, "shards": 8, "stop": {"patience": 99}}
-            it = with_exchange(
-                "mlp", 8, kind, count, shared, train={**JOBS["mlp"]["train"], **changes}, optimizer=CONSTANT
-            )
+            it = with_exchange("mlp", 8, kind, count, train={**JOBS["mlp"]["train"], **changes}, optimizer=CONSTANT)
             label = {"case": "resumed", "job": "mlp"}
             note({**trained(label, it, comm, folder, resume=steps > 4), "size": size}, comm)
     if world.rank == 0:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.exchange.jobs import JOBS, ROUNDS, SHARDS
+from tests.exchange.jobs import JOBS, MACHINES, ROUNDS, SHARDS
 from tests.mpirun import ranks
 
 SIZES = sorted({size for sizes in ROUNDS for size in sizes})
@@ -34,19 +34,36 @@ def solo(results: Results, name: str, shards: int) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "messages"])
+@pytest.mark.parametrize("kind", ["node", "segments"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("name", JOBS)
-def test_segments_give_the_bits_of_solo(results: Results, name: str, shards: int, size: int, shared: bool) -> None:
+def test_every_number_of_workers_gives_the_bits_of_solo(
+    results: Results, name: str, shards: int, size: int, kind: str
+) -> None:
     truth = solo(results, name, shards)
-    for result in some(results, case="segments", job=name, shards=shards, size=size, shared=shared):
-        assert result["weights_sha256"] == truth["weights_sha256"]
-        assert result["metrics"] == truth["metrics"]
-        assert result["loss"] == truth["loss"]
-        assert result["job_sha256"] == truth["job_sha256"]
-        assert result["exchange"] == "segments"
-        assert result["same_bits"]
+    for result in some(results, case=kind, job=name, shards=shards, size=size):
+        same(result, truth)
+        assert result["exchange"] == kind
+
+
+@pytest.mark.parametrize("number", range(len(MACHINES)), ids=str)
+@pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.parametrize("name", JOBS)
+def test_workers_of_several_machines_give_the_bits_of_solo(
+    results: Results, name: str, shards: int, number: int
+) -> None:
+    (result,) = some(results, case="machines", number=number, job=name, shards=shards)
+    same(result, solo(results, name, shards))
+    sizes, _ = MACHINES[number]
+    found = [worker["machine"] for worker in result["per_worker"]]
+    assert sorted(found.count(machine) for machine in set(found)) == sorted(sizes)
+
+
+def same(result: dict[str, Any], truth: dict[str, Any]) -> None:
+    for key in ("weights_sha256", "metrics", "loss", "job_sha256"):
+        assert result[key] == truth[key], key
+    assert result["same_bits"]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -57,7 +74,7 @@ def test_the_work_was_shared(results: Results, name: str, shards: int, size: int
     (alone,) = truth["per_worker"]
     steps = truth["steps"]
     assert alone["shards_computed"] == shards * steps
-    for result in some(results, case="segments", job=name, shards=shards, size=size):
+    for result in some(results, case="node", job=name, shards=shards, size=size):
         computed = [worker["shards_computed"] for worker in result["per_worker"]]
         read = [worker["rows_read"] for worker in result["per_worker"]]
         owners = min(size, shards)
@@ -97,12 +114,12 @@ def test_a_run_goes_on_under_other_workers_and_exchanges(results: Results) -> No
 def test_every_worker_finds_the_same_arithmetic(results: Results) -> None:
     for name in JOBS:
         for shards in SHARDS:
-            prints = {r["fingerprint"] for r in some(results, job=name, shards=shards, case="segments")}
+            prints = {r["fingerprint"] for r in some(results, job=name, shards=shards, case="node")}
             assert prints == {solo(results, name, shards)["fingerprint"]}
 
 
 def test_the_suite_leaves_only_run_directories(results: Results) -> None:
-    for result in some(results, case="segments"):
+    for result in some(results, case="node"):
         left = sorted(path.name for path in Path(result["run_dir"]).iterdir())
         assert left == [
             "checkpoints",

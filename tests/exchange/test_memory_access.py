@@ -56,15 +56,15 @@ print(permitted())
     assert python(code) == "False"
 
 
-@pytest.mark.parametrize("shared", ["true", "false"])
-def test_training_goes_on_where_copies_are_forbidden(tmp_path: Path, shared: str) -> None:
+@pytest.mark.parametrize("kind", ["node", "segments"])
+def test_training_goes_on_where_copies_are_forbidden(tmp_path: Path, kind: str) -> None:
     options = [
         "--set",
         "train.epochs=1",
         "--set",
         "optimizer.lr=0.001",
         "--set",
-        f"exchange.shared_memory={shared}",
+        f"exchange.type='{kind}'",
         "--progress",
         "none",
     ]
@@ -90,7 +90,7 @@ def test_mpich_dies_of_it_if_it_is_not_told(tmp_path: Path) -> None:
         "--set",
         "optimizer.lr=0.001",
         "--set",
-        "exchange.shared_memory=false",
+        "exchange.type='segments'",
     ]
     line, environ = command(2, ["run", *options], {**os.environ, CMA: "1"})
     done = run([sys.executable, "-c", FORBIDDEN, *line], environ, 120, tmp_path)
