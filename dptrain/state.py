@@ -162,7 +162,7 @@ class Segment:
         self._update = update
         layout = update.layout
         momentum = layout.buffer_momentum()
-        cuts = sorted({*range(lo, hi, BLOCK), *({layout.parameters} & set(range(lo, hi))), hi})
+        cuts = sorted({*range(lo, hi, BLOCK), min(max(lo, layout.parameters), hi), hi})
         self._stretches = []
         for start, stop in pairwise(cuts):
             part, here = slice(start - lo, stop - lo), slice(start, stop)

@@ -189,6 +189,8 @@ class Segments(Exchange):
 
     def collect(self, partials: Partials) -> None:
         """Add what this machine has of foreign segments, send it, and receive what others have of one's own."""
+        if len(self._machines.groups) == 1:
+            return
         posted: list[Posted] = [self.communicator.post([], self._receives, "partials")]
         for carried in self._carried:
             _add(carried.pairs)
@@ -205,6 +207,8 @@ class Segments(Exchange):
     def advance(self, state: State, verdict: Verdict) -> bool:
         """Update one's own segment, here while its sum travels, and those that are carried as their sums arrive."""
         own, add = self._own, not self.update.clip_norm
+        if len(self._machines.groups) == 1:
+            return own is None or own.advance(state, scale=verdict.scale, rows=verdict.rows, add=add)
         if self._hand_out and own is not None and add:
             own.add()
             add = False
