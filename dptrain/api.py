@@ -35,16 +35,19 @@ def train(
     model: Any = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    trace: str | os.PathLike[str] | None = None,
     observer: Observer | None = None,
 ) -> Result:
     """Train a job: a Job, its content as a mapping, or the path of its TOML file.
 
     In a program of its own this trains in one process; in one that was started by mpirun, all ranks call it alike
-    and train together. ``model`` is an object of the user's own with the interface of ``dptrain.nn.own.OwnModel``.
-    Raises DptrainError, whose message is one sentence with the cure.
+    and train together. ``model`` is an object of the user's own with the interface of ``dptrain.nn.own.OwnModel``;
+    ``trace`` names a file to be written, which shows in Perfetto or Chrome where every worker's time went. Raises
+    DptrainError, whose message is one sentence with the cure.
     """
     checked = _job(job, model is not None)
-    options: dict[str, Any] = {"model": model, "run_dir": run_dir, "resume": resume, "observer": observer}
+    options: dict[str, Any] = {"model": model, "run_dir": run_dir, "resume": resume, "trace": trace}
+    options["observer"] = observer
     communicator = _communicator()
     return run(checked, **options) if communicator is None else ranks.train(communicator, checked, **options)
 

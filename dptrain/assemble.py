@@ -76,7 +76,8 @@ def assemble(job: Job, plan: dict[str, Any], own_model: Any = None) -> Assembly:
     loss = make_loss(job.loss, target.kind, target.classes, target.width)
     _check_outputs(job, dataset, outputs)
     sample = _sample(job, dataset.encoding, dtype)
-    return Assembly(job, dataset, model, own_digest, loss, make_optimizer(job.optimizer), dtype, sample)
+    optimizer = make_optimizer(job.optimizer, parameters=model.layout.parameters, compiled=job.arithmetic.compiled)
+    return Assembly(job, dataset, model, own_digest, loss, optimizer, dtype, sample)
 
 
 def build_model(

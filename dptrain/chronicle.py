@@ -5,14 +5,20 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from dptrain.checkpoint import Snapshot, Writer
 from dptrain.errors import StorageError
 from dptrain.exchange.verdict import Verdict
 from dptrain.job.spec import Output
 from dptrain.journal import Journal
 from dptrain.layout import Array
+from dptrain.membership import Membership
+from dptrain.phases import NAMES, Phase, Phases
 from dptrain.rule import Rule
 from dptrain.state import State
+from dptrain.straggler import Pace, Slowest
 from dptrain.watch import Observer
 
 _LINES = 300
@@ -20,7 +26,10 @@ _LONGEST_SILENCE = 1.0
 
 
 class Chronicle:
-    """The chief's watcher. ``lr`` gives the learning rate of an update, ``facts`` go into every manifest."""
+    """The chief's watcher. ``lr`` gives the learning rate of an update, ``facts`` go into every manifest.
+
+    ``phases`` are the chief's own; those of all workers come with the verdicts.
+    """
 
     def __init__(
         self,
@@ -29,6 +38,8 @@ class Chronicle:
         writer: Writer,
         observer: Observer,
         rule: Rule,
+        membership: Membership,
+        phases: Phases,
         output: Output,
         lr: Callable[[int], float],
         slot_names: tuple[str, ...],
@@ -37,6 +48,9 @@ class Chronicle:
         self.journal, self.writer, self.observer = journal, writer, observer
         self.rule, self.output, self.lr = rule, output, lr
         self.slot_names, self.facts = slot_names, facts
+        self.phases = phases
+        shards = [hi - lo for lo, hi in map(membership.owned_by, range(membership.size))]
+        self.pace = Pace(shards)
         self.interval = output.journal_steps or -(-rule.total_steps // _LINES)
         self.rows = 0.0
         self.epoch_loss: float | None = None
@@ -49,6 +63,8 @@ class Chronicle:
         self._compute: tuple[float, ...] = ()
         self._wait: tuple[float, ...] = ()
         self._norm: float | None = None
+        self._phases: npt.NDArray[np.float64] = np.zeros((membership.size, len(Phase)))
+        self._phases_told = self._phases
         self._clear()
 
     def stepped(self, state: State, verdict: Verdict) -> None:
@@ -66,6 +82,8 @@ class Chronicle:
         self._norm = verdict.norm
         self._compute = _added(self._compute, verdict.compute)
         self._wait = _added(self._wait, verdict.wait)
+        self._phases = verdict.phases
+        self.pace.stepped(verdict.compute)
         if state.step % self.rule.steps_per_epoch == 0 or state.step >= self.rule.total_steps:
             loss, weight = self._epoch
             self.epoch_loss = loss / weight if weight else self.epoch_loss
@@ -84,6 +102,10 @@ class Chronicle:
         self._line(state, {"metrics": figures})
         self._checkpoint_if_due(state)
 
+    def slowest(self) -> Slowest | None:
+        """The worker that has clearly held the others up, if there is one."""
+        return self.pace.slowest(self._phases)
+
     def warn(self, text: str) -> None:
         """Tell the observer and the journal."""
         self.observer.warned(text)
@@ -98,8 +120,10 @@ class Chronicle:
         """Write a last checkpoint and the rest of the journal, and wait for them. Raises StorageError."""
         self.writer.wait()
         if self._checkpointed != state.step or self.writer.failed:
-            self.writer.start(self._snapshot(state))
+            self._start_checkpoint(state)
+        self.phases.begin(Phase.CHECKPOINT)
         self.writer.wait()
+        self.phases.begin(Phase.OTHER)
         complaint = self.writer.complaint()
         if complaint:
             raise complaint
@@ -128,6 +152,7 @@ class Chronicle:
             "seconds": round(now - self._started, 4),
             "compute": [round(s, 6) for s in self._compute],
             "wait": [round(s, 6) for s in self._wait],
+            "phases": self._phases_since(),
         }
         if self._norm is not None:
             line["norm"] = self._norm
@@ -138,6 +163,12 @@ class Chronicle:
         self._clear()
         self._write(line)
         self.observer.progressed(line)
+
+    def _phases_since(self) -> dict[str, list[float]]:
+        """The seconds of each worker since the line before, by phase; those that took no time are left out."""
+        took = (self._phases - self._phases_told).T.round(6).tolist()
+        self._phases_told = self._phases
+        return {name: seconds for name, seconds in zip(NAMES, took, strict=True) if any(seconds)}
 
     def _write(self, line: dict[str, Any]) -> None:
         """Lines that a full disk refuses are kept and tried again with the next."""
@@ -163,8 +194,13 @@ class Chronicle:
         by_time = seconds and now - self._last_checkpoint >= seconds and not self.writer.busy
         if by_time or (steps and state.step % steps == 0):
             self._last_checkpoint = now
-            self._checkpointed = state.step
-            self.writer.start(self._snapshot(state))
+            self._start_checkpoint(state)
+
+    def _start_checkpoint(self, state: State) -> None:
+        self.phases.begin(Phase.CHECKPOINT)
+        self._checkpointed = state.step
+        self.writer.start(self._snapshot(state))
+        self.phases.begin(Phase.OTHER)
 
     def _snapshot(self, state: State) -> Snapshot:
         facts = {**self.facts, "epoch_loss": [self.epoch_loss, *self._epoch]}

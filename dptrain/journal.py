@@ -1,8 +1,10 @@
 """journal.jsonl: what happened, one JSON object a line, appended and never rewritten.
 
 Lines of steps have "step", "epoch", "loss", "lr", "samples_per_second", "seconds", "compute" and "wait" (seconds a
-worker since the line before), "attempt", and "metrics" where the step was evaluated. A run that was resumed repeats
-steps under a higher attempt: readers take the last attempt of a step.
+worker since the line before), "phases" (all of its time since then, by phase: {"forward": [0.1, 0.1], ...}), "attempt",
+and "metrics" where the step was evaluated. A worker's phases are known up to its entering the last step's exchange;
+what came after is in the next line. A run that was resumed repeats steps under a higher attempt: readers take the last
+attempt of a step.
 """
 
 import json

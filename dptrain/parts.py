@@ -11,6 +11,7 @@ import numpy as np
 
 from dptrain import arithmetic
 from dptrain.assemble import Assembly, assemble
+from dptrain.cores import crowded
 from dptrain.data.batches import Batches, Reader
 from dptrain.errors import ArithmeticMismatch, DataError, DptrainError, LaunchError
 from dptrain.exchange import shared_memory
@@ -73,6 +74,9 @@ class Parts:
             dtype=a.dtype,
             prefetch=a.dataset.train.waits,
         )
+        crowd = crowded(len(self.machines.here), job.arithmetic.threads)
+        if crowd:
+            self.notes.append(crowd)
         if self.membership.spares:
             self.notes.append(
                 f"{communicator.size} workers for {job.train.shards} shards: {self.membership.spares} stand by as "

@@ -1,6 +1,7 @@
 """Where a worker's time goes: every moment of it belongs to one phase."""
 
 import time
+from collections.abc import Callable
 from enum import IntEnum
 
 
@@ -19,16 +20,37 @@ class Phase(IntEnum):
     CHECKPOINT = 9
 
 
-class Phases:
-    """Adds up the seconds of each phase. One call at each border: what begins ends what was before."""
+NAMES = tuple(phase.name.lower() for phase in Phase)
+"""The phases as journal, result and trace call them."""
 
-    def __init__(self) -> None:
+OWN = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.PARTIALS)
+"""What a worker does of a step before it enters the exchange; no other worker can keep it waiting there."""
+
+
+class Phases:
+    """Adds up the seconds of each phase. One call at each border: what begins ends what was before.
+
+    ``step`` is the step that time belongs to, as the journal counts.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.start()
+
+    def start(self) -> None:
+        """Forget all; time counts from now."""
         self.seconds = [0.0] * len(Phase)
+        self.step = 0
         self._phase = Phase.OTHER
-        self._since = time.perf_counter()
+        self._since = self.clock()
 
     def begin(self, phase: Phase, detail: str = "") -> None:
         """From now on time belongs to ``phase``; ``detail`` says more, such as a layer's name."""
-        now = time.perf_counter()
+        now = self.clock()
         self.seconds[self._phase] += now - self._since
-        self._phase, self._since = phase, now
+        self._phase = phase
+        self._since = now
+
+    def named(self) -> dict[str, float]:
+        """The seconds of each phase until the last border, by the phase's name."""
+        return dict(zip(NAMES, self.seconds, strict=True))

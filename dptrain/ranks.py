@@ -47,13 +47,14 @@ class Leader:
         *,
         run_dir: str | os.PathLike[str] | None = None,
         resume: bool = False,
+        trace: str | os.PathLike[str] | None = None,
         observer: "Observer | None" = None,
     ) -> "Result":
         """Train a complete job with all ranks; see training.run."""
         self._waiting = False
-        word = {"job": plain(job), "run_dir": None if run_dir is None else os.fspath(run_dir), "resume": resume}
-        self._communicator.broadcast_json(word, "starting")
-        return train(self._communicator, job, run_dir=run_dir, resume=resume, observer=observer)
+        options: dict[str, Any] = {"run_dir": _text(run_dir), "resume": resume, "trace": _text(trace)}
+        self._communicator.broadcast_json({"job": plain(job), "options": options}, "starting")
+        return train(self._communicator, job, **options, observer=observer)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._waiting:
@@ -72,9 +73,12 @@ def follow(place: Announced) -> int:
     word = communicator.broadcast_json(None, "waiting for rank 0")
     if "job" not in word:
         return int(word["code"])
-    job = rebuild(Job, word["job"])
-    train(communicator, job, run_dir=word["run_dir"], resume=word["resume"], observer=None)
+    train(communicator, rebuild(Job, word["job"]), **word["options"], observer=None)
     return 0
+
+
+def _text(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path)
 
 
 def _connect(place: Announced) -> "Mpi":

@@ -5,7 +5,7 @@ back become the front. Until then the old state is whole.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -30,8 +30,7 @@ class Judgement:
     evaluated: int = -1
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """A committed state: after ``step`` steps and ``updates`` updates. Its arrays are never written to again.
 
     ``weights`` is the flat vector with the buffers at its end, ``slots`` the optimizer's vectors over the parameters;
@@ -43,7 +42,7 @@ class State:
     weights: Array
     slots: tuple[Array, ...]
     side: int
-    judgement: Judgement = field(default_factory=Judgement)
+    judgement: Judgement = Judgement()
 
 
 class Store:
@@ -141,8 +140,12 @@ class Side(NamedTuple):
     new: tuple[Array, ...]
 
 
+STRETCH = 2 * BLOCK
+"""Elements that all passes go over before the next ones: they stay in a core's cache, and few calls are needed."""
+
+
 class _Stretch(NamedTuple):
-    """A block, or what of it is parameters or buffers: short enough for all passes over it to stay in the cache.
+    """Some elements, parameters or buffers, with the additions that finish their sum.
 
     ``momentum`` is None for parameters.
     """
@@ -154,7 +157,7 @@ class _Stretch(NamedTuple):
 
 
 class Segment:
-    """All that is done in a step to a range of the flat vector, block by block. Made once, it allocates no more."""
+    """All that is done in a step to a range of the flat vector, stretch by stretch. Made once, it allocates no more."""
 
     def __init__(
         self, update: Update, store: Store, lo: int, hi: int, total: Array, pairs: Sequence[Pair] = ()
@@ -162,7 +165,7 @@ class Segment:
         self._update = update
         layout = update.layout
         momentum = layout.buffer_momentum()
-        cuts = sorted({*range(lo, hi, BLOCK), min(max(lo, layout.parameters), hi), hi})
+        cuts = sorted({*range(lo, hi, STRETCH), min(max(lo, layout.parameters), hi), hi})
         self._stretches = []
         for start, stop in pairwise(cuts):
             part, here = slice(start - lo, stop - lo), slice(start, stop)
@@ -176,10 +179,10 @@ class Segment:
                     momentum[start - layout.parameters : stop - layout.parameters] if buffers else None,
                 )
             )
-        self._lo, self._blocks = lo, -(-(hi - lo) // BLOCK)
-        self._starts = cuts[:-1]
-        self._scratch = np.empty((2, BLOCK), total.dtype)
-        self._wide = np.empty((2, BLOCK))
+        self._total = total
+        self._parameters = min(max(lo, layout.parameters), hi) - lo
+        self._scratch = np.empty((3, STRETCH), total.dtype)
+        self._wide = np.empty((2, STRETCH))
 
     def add(self) -> None:
         """Finish the sum."""
@@ -192,22 +195,22 @@ class Segment:
 
         Buffers have no part in the norm, but must be finite.
         """
-        found = np.zeros(self._blocks)
-        for start, stretch in zip(self._starts, self._stretches, strict=True):
-            block = (start - self._lo) // BLOCK
-            if stretch.momentum is None:
-                wide = self._wide[0, : len(stretch.gradient)]
-                wide[:] = stretch.gradient
-                found[block] += np.dot(wide, wide)
-            elif not finite(stretch.gradient):
-                found[block] = np.nan
+        total, end = self._total, self._parameters
+        found = np.zeros(-(-len(total) // BLOCK))
+        if not finite(total[end:]):
+            found[-1] = np.nan
+        for i, start in enumerate(range(0, end, BLOCK)):
+            block = total[start : min(end, start + BLOCK)]
+            wide = self._wide[0, : len(block)]
+            wide[:] = block
+            found[i] += np.dot(wide, wide)
         return found
 
     def advance(self, state: State, *, scale: float, rows: float, add: bool) -> bool:
         """Write the state after ``state`` into the store's other side, and say whether the sum was finite.
 
         ``scale`` makes the sum the (clipped) mean, ``rows`` are the real rows of the batch, by which a buffer's sum
-        is divided. With ``add`` each block of the sum is finished first, and found in the cache by the update.
+        is divided. With ``add`` the sum is finished here, stretch by stretch, and kept nowhere.
         """
         update, side = self._update, state.side
         count = state.updates + 1
@@ -215,14 +218,17 @@ class Segment:
         one_stretch = update.optimizer.stretch
         good = True
         for pairs, gradient, sides, momentum in self._stretches:
-            if add:
-                for left, right in pairs:
+            n = len(gradient)
+            t, u, sum_ = self._scratch[0, :n], self._scratch[1, :n], self._scratch[2, :n]
+            if add and pairs:
+                for left, right in pairs[:-1]:
                     np.add(left, right, out=left)
+                # The last sum is needed here and now only: it need not go back to memory.
+                gradient = np.add(*pairs[-1], out=sum_)
             good = good and finite(gradient)
             w, old, new_w, new = sides[side]
-            n = len(gradient)
             if momentum is None:
-                one_stretch(w, gradient, old, new_w, new, rates, self._scratch[0, :n], self._scratch[1, :n])
+                one_stretch(w, gradient, old, new_w, new, rates, t, u)
             else:
                 mean, kept = self._wide[0, :n], self._wide[1, :n]
                 mean[:] = gradient

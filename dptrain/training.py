@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ from dptrain.exchange.communicator import Alone, Communicator
 from dptrain.job.spec import Job
 from dptrain.layout import Array, digest
 from dptrain.parts import HOST, Parts
+from dptrain.phases import Phase, Phases
 from dptrain.state import State
+from dptrain.trace import Trace
 from dptrain.watch import Bystander, Observer, Unwatched
 from dptrain.worker import StopRequest, Worker, together
 
@@ -51,6 +53,7 @@ class Result:
     result: str = "last"
     signal: int = 0
     attempt: int = 1
+    slowest: dict[str, Any] | None = None
 
 
 def run(
@@ -59,18 +62,19 @@ def run(
     model: Any = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    trace: str | os.PathLike[str] | None = None,
     observer: Observer | None = None,
     communicator: Communicator | None = None,
 ) -> Result:
     """Train a complete job with all workers of ``communicator`` (None: this process alone); all call it alike.
 
     Raises DptrainError: on the worker it concerns its own, on the others PeerFailed. Only rank 0 writes to the run
-    directory, which is made below ``job.output.runs`` unless ``run_dir`` names one.
+    directory, which is made below ``job.output.runs`` unless ``run_dir`` names one, and the trace.
     """
     communicator = communicator or Alone()
     communicator.deadline = job.exchange.deadline
     with arithmetic.limited(job.arithmetic.threads):
-        return _Run(job, model, run_dir, resume, observer or Unwatched(), communicator).go()
+        return _Run(job, model, run_dir, resume, trace, observer or Unwatched(), communicator).go()
 
 
 class _Run:
@@ -80,11 +84,15 @@ class _Run:
         model: Any,
         run_dir: str | os.PathLike[str] | None,
         resume: bool,
+        trace: str | os.PathLike[str] | None,
         observer: Observer,
         communicator: Communicator,
     ) -> None:
         self.job, self.own_model = job, model
         self.wanted_dir = None if run_dir is None else Path(run_dir)
+        self.wanted_trace = None if trace is None else Path(trace)
+        self.trace: Trace | None = None
+        self.phases = Phases()
         self.resume, self.observer, self.communicator = resume, observer, communicator
         self.chief = communicator.rank == 0
         self.chronicle: Chronicle | None = None
@@ -92,11 +100,16 @@ class _Run:
 
     def go(self) -> Result:
         with self.stop.listening():
+            if self.wanted_trace is not None:
+                self.trace = Trace(self.wanted_trace, self.communicator)
+                self.phases = self.trace.phases
             self.parts = Parts(self.job, self.own_model, self.communicator)
             state = self._begin()
             watcher = together(self.communicator, "opening the journal", lambda: self._watcher(state))
             worker = self._worker(watcher)
             worker.best = self.best
+            if self.trace is not None:
+                self.trace.start()
             started = time.perf_counter()
             try:
                 state = worker.run(state)
@@ -128,8 +141,7 @@ class _Run:
                 self.communicator.broadcast(vector, "handing out the checkpoint")
             from dptrain.checkpoint import judgement_of
 
-            state = replace(
-                state,
+            state = state._replace(
                 step=header["step"],
                 updates=header["updates"],
                 judgement=judgement_of(header),
@@ -178,6 +190,8 @@ class _Run:
             writer=checkpoint.Writer(self.run_dir / rundir.CHECKPOINTS, layout, job.output.generations),
             observer=self.observer,
             rule=self.parts.rule,
+            membership=self.parts.membership,
+            phases=self.phases,
             output=job.output,
             lr=self.parts.update.schedule.at,
             slot_names=self.parts.update.optimizer.slots,
@@ -197,6 +211,7 @@ class _Run:
         self.observer.started(
             {
                 "run_dir": str(self.run_dir),
+                "trace": "" if self.wanted_trace is None else str(self.wanted_trace),
                 "name": job.name,
                 "workers": self.communicator.size,
                 "shards": job.train.shards,
@@ -222,6 +237,7 @@ class _Run:
             validation=self.parts.assembly.dataset.validation,
             watcher=watcher,
             stop=self.stop,
+            phases=self.phases,
             skip_non_finite=self.job.train.non_finite == "skip",
             keep_best=self.job.train.result == "best",
         )
@@ -245,9 +261,11 @@ class _Run:
         ):
             if part.rows and done:
                 metrics[name] = worker.evaluate(weights, part, state.step)
+        self.phases.begin(Phase.OTHER)
         per_worker = self.communicator.allgather_json(self._own_figures(worker), "the result")
         content: dict[str, Any] | None = None
         if chronicle is not None:
+            slow = chronicle.slowest()
             content = asdict(
                 Result(
                     state="done" if done else "stopped",
@@ -276,6 +294,7 @@ class _Run:
                     result="best" if keeps_best else "last",
                     signal=0 if done else worker.stopped_by,
                     attempt=chronicle.journal.attempt,
+                    slowest=None if slow is None else {**slow._asdict(), "host": per_worker[slow.rank]["host"]},
                 )
             )
 
@@ -287,10 +306,19 @@ class _Run:
             layout = self.parts.assembly.model.layout
             checkpoint.export(self.run_dir / rundir.WEIGHTS, weights, layout)
             rundir.write_json(self.run_dir / rundir.RESULT, content)
-            chronicle.close()
-            self.observer.finished(content)
 
         together(self.communicator, "writing the result", write)
+        if self.trace is not None:
+            complaint = self.trace.write(HOST, {"job": self.job.name, "run_dir": str(self.run_dir)})
+            if complaint is not None:
+                self.observer.warned(str(complaint))
+
+        def close() -> None:
+            if chronicle is not None and content is not None:
+                chronicle.close()
+                self.observer.finished(content)
+
+        together(self.communicator, "the result", close)
         return Result(**self.communicator.broadcast_json(content, "the result"))
 
     @property
@@ -309,5 +337,6 @@ class _Run:
             "rows_read": self.parts.assembly.dataset.train.rows_read,
             "compute_seconds": round(worker.compute_seconds, 4),
             "wait_seconds": round(worker.wait_seconds, 4),
+            "phases": {name: round(seconds, 4) for name, seconds in self.phases.named().items()},
             "peak_memory_bytes": arithmetic.peak_memory(),
         }

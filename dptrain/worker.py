@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from types import FrameType
 from typing import Protocol, TypeVar
 
@@ -21,6 +20,7 @@ from dptrain.exchange.verdict import Report, Verdict
 from dptrain.layout import Array
 from dptrain.nn.accumulate import Accumulator, Loaded, Partials, schedule
 from dptrain.nn.evaluate import Evaluator, Rows
+from dptrain.phases import Phase, Phases
 from dptrain.rule import Rule
 from dptrain.state import State
 
@@ -70,7 +70,10 @@ class StopRequest:
 
 
 class Worker:
-    """One worker's part of a run. All workers of an exchange call ``run`` with the same state."""
+    """One worker's part of a run. All workers of an exchange call ``run`` with the same state.
+
+    ``phases``, which begins to count with the run, is handed to all that works here.
+    """
 
     def __init__(
         self,
@@ -83,6 +86,7 @@ class Worker:
         validation: Rows,
         watcher: Watcher,
         stop: StopRequest,
+        phases: Phases,
         skip_non_finite: bool,
         keep_best: bool,
     ) -> None:
@@ -94,6 +98,7 @@ class Worker:
         self.validation = validation
         self.watcher = watcher
         self.stop = stop
+        self.phases = accumulator.phases = evaluator.phases = exchange.phases = phases
         self.skip_non_finite = skip_non_finite
         self.keep_best = keep_best
         self.best: Array | None = None
@@ -105,6 +110,7 @@ class Worker:
 
     def run(self, state: State) -> State:
         """Train until the rule, or a signal that any worker got, ends it; returns the last committed state."""
+        self.phases.start()
         with np.errstate(all="ignore"):
             while not self.rule.done(state) and not self.stopped_by:
                 state, verdict = self.step(state)
@@ -117,6 +123,7 @@ class Worker:
     def step(self, state: State) -> tuple[State, Verdict]:
         """One iteration. A failure here is told to all workers before it is raised."""
         started = time.perf_counter()
+        self.phases.step = state.step + 1
         failure: BaseException | None = None
         try:
             self._raise_pending()
@@ -124,10 +131,12 @@ class Worker:
         except BaseException as error:  # a model's sys.exit() must not leave the others waiting
             failure, partials = error, self._nothing()
         compute = time.perf_counter() - started
+        self.phases.begin(Phase.EXCHANGE)
         code = exit_code(failure) if failure else 0
-        report = Report(compute=compute, failure=code, signal=self.stop.signal)
+        report = Report(compute=compute, phases=self.phases.seconds, failure=code, signal=self.stop.signal)
         with told(failure, self.exchange.communicator, state.step, "forward and backward"):
             after, verdict = self.exchange.swap(state, partials, report)
+        self.phases.begin(Phase.OTHER)
         self.compute_seconds += compute
         self.wait_seconds += time.perf_counter() - started - compute
         self.stopped_by = verdict.signal
@@ -139,7 +148,7 @@ class Worker:
         """Evaluate the validation part and remember what that decides."""
         figures = self.evaluate(state.weights, self.validation, state.step)
         judgement, improved = self.rule.judge(state.judgement, state.step, figures[self.rule.train.stop.metric])
-        state = replace(state, judgement=judgement)
+        state = state._replace(judgement=judgement)
         if improved and self.keep_best:
             if self.best is None:
                 self.best = state.weights.copy()
@@ -155,6 +164,7 @@ class Worker:
         lo, hi = membership.share(membership.rank, total)
         failure: BaseException | None = None
         rows = np.zeros((hi - lo, self.evaluator.width))
+        self.phases.begin(Phase.EVALUATION)
         try:
             with np.errstate(all="ignore"):
                 rows = self.evaluator.sums(weights, part, lo, hi)
@@ -163,7 +173,9 @@ class Worker:
         report = Report(failure=exit_code(failure) if failure else 0)
         with told(failure, self.exchange.communicator, step, "evaluation"):
             every = self.exchange.gather(rows, total, report, step, "evaluation")
-        return self.evaluator.report(every)
+        figures = self.evaluator.report(every)
+        self.phases.begin(Phase.OTHER)
+        return figures
 
     def _watch(self, action: Callable[[], None]) -> None:
         """Let the watcher act; what it raises is told to all workers with the next step."""

@@ -11,11 +11,11 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "dptrain"
 
 FLOORS = [
-    {"errors", "random", "tree", "layout", "arithmetic", "phases"},
+    {"errors", "random", "tree", "layout", "arithmetic", "phases", "limits", "cores"},
     {"job", "data", "nn", "optim"},
-    {"state", "checkpoint", "journal", "rundir", "membership", "rule", "fingerprint"},
+    {"state", "checkpoint", "journal", "rundir", "membership", "rule", "fingerprint", "straggler"},
     {"exchange"},
-    {"worker", "watch", "chronicle", "assemble", "beginning", "parts"},
+    {"worker", "watch", "chronicle", "assemble", "beginning", "parts", "trace"},
     {"training", "plan", "launch", "ranks", "api"},
     {"cli"},
 ]

@@ -27,6 +27,7 @@ from dptrain.errors import (
     WorkerCrashed,
 )
 from dptrain.journal import read_all, read_steps
+from dptrain.phases import NAMES
 from dptrain.random import Purpose, stream
 from dptrain.watch import Unwatched
 from tests.softmax import (
@@ -95,14 +96,23 @@ def test_a_run_leaves_what_the_readme_says(tmp_path: Path) -> None:
     (worker,) = content["per_worker"]
     assert (worker["shards_computed"], worker["rows_read"]) == (100, 20 * 60)
     assert worker["peak_memory_bytes"] > 1 << 20
+    assert set(worker["phases"]) == set(NAMES)
+    assert sum(worker["phases"][name] for name in NAMES) >= content["seconds"] - 1e-3
+    assert content["slowest"] is None
     assert {"kernels", "numpy", "blas", "threads", "dtype"} <= set(content["arithmetic"])
 
     lines = read_steps(folder / rundir.JOURNAL)
     assert [line["step"] for line in lines] == list(range(1, 21))
     for line in lines:
-        assert {"epoch", "loss", "lr", "samples_per_second", "attempt", "compute", "wait"} <= set(line)
+        assert {"epoch", "loss", "lr", "samples_per_second", "attempt", "compute", "wait", "phases"} <= set(line)
         assert ("metrics" in line) == (line["step"] % 5 == 0)
         assert len(line["compute"]) == len(line["wait"]) == 1
+        own = sum(line["phases"].get(name, [0.0])[0] for name in ("data", "forward", "backward", "partials"))
+        assert 0 < own <= line["compute"][0] + 1e-5
+        # What came after a step's exchange is in the line of the next.
+        assert ("evaluation" in line["phases"]) == (line["step"] % 5 == 1 and line["step"] > 1)
+    total = sum(line["phases"]["forward"][0] for line in lines)
+    assert total == pytest.approx(worker["phases"]["forward"], abs=1e-3)
     assert np.mean([line["loss"] for line in lines]) == pytest.approx(content["loss"])
     from safetensors.numpy import load_file
 

@@ -90,11 +90,15 @@ def run(
     progress: Annotated[
         Watch, typer.Option("--progress", envvar="DPTRAIN_PROGRESS", help="A bar, plain lines, or the end alone.")
     ] = Watch.auto,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Write where every worker's time goes, for ui.perfetto.dev."),
+    ] = None,
 ) -> None:
     """Train a job. Under mpirun this is one worker; with -n it starts mpirun itself; with neither it is alone."""
     from dptrain.cli.run import Request, train
 
-    asked = Request(job, tuple(sets or ()), n, run_dir, resume, progress.value)
+    asked = Request(job, tuple(sets or ()), n, run_dir, resume, progress.value, trace)
     raise typer.Exit(train(asked, context.obj.place, context.obj.leader))
 
 

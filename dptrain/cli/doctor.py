@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from dptrain import arithmetic, launch
-from dptrain.cli import limits
+from dptrain import arithmetic, launch, limits
 from dptrain.errors import DptrainError
 
 SMALL_SHARED_MEMORY = 1 << 27

@@ -92,6 +92,7 @@ MEANINGS = {
     "different machines agree.",
     "arithmetic.threads": "Threads of BLAS in each worker.",
     "arithmetic.accept_other": "Resume a checkpoint made with other arithmetic; gives up the promise of the same bits.",
+    "arithmetic.compiled": "Use numba, where installed, for what it makes faster with the same bits.",
     "exchange.type": "auto: solo for one worker, segments for several. allreduce does not promise the same bits for "
     "another number of workers.",
     "exchange.coordinators": "How many workers share the update; 0: all.",

@@ -39,11 +39,11 @@ class Silent:
     def __init__(self, out: TextIO, resume: Sequence[str]) -> None:
         self.out = out
         self.resume = resume
-        self.run_dir = ""
+        self.run_dir = self.trace = ""
 
     def started(self, info: Mapping[str, Any]) -> None:
         """The run begins; see ``dptrain.train.Observer`` for the keys."""
-        self.run_dir = str(info.get("run_dir") or "")
+        self.run_dir, self.trace = str(info.get("run_dir") or ""), str(info.get("trace") or "")
 
     def progressed(self, line: Mapping[str, Any]) -> None:
         """A line was written to the journal."""
@@ -54,7 +54,7 @@ class Silent:
 
     def finished(self, result: Mapping[str, Any]) -> None:
         """The run has ended, at its goal or because it was asked to."""
-        print("\n".join(closing(result, self.run_dir, self.resume)), file=self.out, flush=True)
+        print("\n".join(closing(result, self.run_dir, self.resume, self.trace)), file=self.out, flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was found; also after an error."""
@@ -198,7 +198,7 @@ def evaluated(line: Mapping[str, Any]) -> dict[str, Any]:
     return {f"validation.{key}": value for key, value in (line.get("metrics") or {}).items()}
 
 
-def closing(result: Mapping[str, Any], run_dir: str, resume: Sequence[str]) -> list[str]:
+def closing(result: Mapping[str, Any], run_dir: str, resume: Sequence[str], trace: str = "") -> list[str]:
     """The last lines of a run: what came out, and what to do with it.
 
     ``resume`` is the command line that began it, without ``--run-dir`` and ``--resume``.
@@ -210,6 +210,13 @@ def closing(result: Mapping[str, Any], run_dir: str, resume: Sequence[str]) -> l
     figures["samples/s"] = result.get("samples_per_second")
     weights = str(result.get("weights_sha256", "")).removeprefix("sha256:")
     lines = [f"{pairs(figures)} weights sha256:{weights}"]
+    if slow := result.get("slowest"):
+        lines.append(
+            f"slowest worker: rank {slow['rank']} ({slow['host']}), {slow['phase']} took {number(slow['times'])} times "
+            "the workers' median"
+        )
+    if trace:
+        lines.append(f"trace {shlex.quote(_short(trace))}; open it in ui.perfetto.dev")
     shown = shlex.quote(_short(run_dir)) if run_dir else ""
     if result.get("state") == "stopped":
         lines.append(

@@ -18,14 +18,17 @@ class Request(NamedTuple):
     run_dir: Path | None = None
     resume: bool = False
     progress: Mode = "auto"
+    trace: Path | None = None
 
     def argv(self, place: bool = True) -> list[str]:
-        """The arguments that ask for the same again, without ``-n``; ``place`` False leaves out the run directory."""
+        """The arguments that ask for the same again, without ``-n``; ``place`` False leaves out what this run wrote."""
         argv = ["run"] + ([str(self.job)] if self.job is not None else [])
         for assignment in self.sets:
             argv += ["--set", assignment]
         if place and self.run_dir is not None:
             argv += ["--run-dir", str(self.run_dir)]
+        if place and self.trace is not None:
+            argv += ["--trace", str(self.trace)]
         return argv + (["--resume"] if place and self.resume else [])
 
 
@@ -42,7 +45,7 @@ def train(request: Request, place: launch.Announced, leader: Any) -> int:
 
     job = load_job(job_path(request.job), request.sets, os.environ)
     shown = observer(request.progress, width, _again(request, place))
-    keywords = {"run_dir": request.run_dir, "resume": request.resume, "observer": shown}
+    keywords = {"run_dir": request.run_dir, "resume": request.resume, "trace": request.trace, "observer": shown}
     try:
         if leader is None:
             from dptrain.ranks import alone

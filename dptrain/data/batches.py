@@ -54,6 +54,8 @@ class Batches:
     def counts(self, step: int, lo: int, hi: int) -> tuple[int, ...]:
         """Real rows of each of the shards lo to hi - 1."""
         rows, b = self.count(step), self.rows_per_shard
+        if hi * b <= rows:
+            return (b,) * (hi - lo)
         return tuple(max(0, min(b, rows - shard * b)) for shard in range(lo, hi))
 
     def positions(self, step: int, lo: int, hi: int) -> Positions:
@@ -195,8 +197,9 @@ class Reader:
         flat_x, flat_y = x.reshape(-1, *x.shape[2:]), y.reshape(-1, *y.shape[2:])
         if real:
             self._batches.part.read_rows(self._batches.file_rows(step, lo, hi), flat_x, flat_y)
-        flat_x[real:] = 0
-        flat_y[real:] = 0
+        if real < len(flat_x):
+            flat_x[real:] = 0
+            flat_y[real:] = 0
         return Loaded(x, y, self._mask(counts, b), counts)
 
     def _memory(self, k: int) -> tuple[Array, Array]:

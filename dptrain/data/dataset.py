@@ -104,17 +104,19 @@ class Part:
             np.take(source, rows, axis=0, out=out, mode="clip")
             self.encoding.affine.apply(out, out)
         else:
-            taken = self._taken(n)
-            np.take(source, rows, axis=0, out=taken, mode="clip")
-            self.encoding.write(taken, out, self._lookup)
-        self.encoding.write_target(self._y.array[rows], y[:n])
+            self.encoding.write(self._taken("x", source, rows), out, self._lookup)
+        labels = self._y.array
+        taken = self._taken("y", labels, rows) if labels.flags.aligned else labels[rows]
+        self.encoding.write_target(taken, y[:n])
 
-    def _taken(self, n: int) -> Array:
+    def _taken(self, what: str, source: Array, rows: Positions) -> Array:
         # Kept between reads, one for each reading thread.
-        memory: Array | None = getattr(self._scratch, "memory", None)
+        n = len(rows)
+        memory: Array | None = getattr(self._scratch, what, None)
         if memory is None or len(memory) < n:
-            memory = self._scratch.memory = np.empty((n, *self._source.shape[1:]), self._source.dtype)
-        return memory[:n]
+            memory = np.empty((n, *source.shape[1:]), source.dtype)
+            setattr(self._scratch, what, memory)
+        return np.take(source, rows, axis=0, out=memory[:n], mode="clip")
 
 
 @dataclass(frozen=True)

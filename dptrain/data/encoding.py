@@ -33,26 +33,38 @@ class Affine:
     scale: tuple[float, ...] = (1.0,)
 
     @cached_property
-    def _constants(self) -> dict[np.dtype[Any], tuple[Array | None, Array | None]]:
+    def _constants(self) -> dict[tuple[Any, ...], tuple[np.dtype[Any], Array | None, Array | None]]:
         return {}
 
-    def constants(self, dtype: np.dtype[Any]) -> tuple[Array | None, Array | None]:
-        """Shift and scale in ``dtype``; None where they change nothing."""
-        found = self._constants.get(dtype)
+    def constants(
+        self, raw: np.dtype[Any], out: np.dtype[Any], width: int
+    ) -> tuple[np.dtype[Any], Array | None, Array | None]:
+        """What is computed in; shift and scale in it, repeated to ``width``, or None where they change nothing."""
+        found = self._constants.get((raw, out, width))
         if found is None:
-            shift = np.array(self.shift, dtype) if any(self.shift) else None
-            scale = np.array(self.scale, dtype) if any(value != 1 for value in self.scale) else None
-            found = self._constants[dtype] = (shift, scale)
+            dtype = np.result_type(raw, out)
+            shift = np.resize(np.array(self.shift, dtype), width) if any(self.shift) else None
+            scale = np.resize(np.array(self.scale, dtype), width) if any(value != 1 for value in self.scale) else None
+            found = self._constants[raw, out, width] = (dtype, shift, scale)
         return found
 
-    @property
+    @cached_property
     def identity(self) -> bool:
         """Whether values stay what they are."""
         return not any(self.shift) and all(value == 1 for value in self.scale)
 
     def apply(self, raw: Array, out: Array) -> None:
         """Fill ``out`` from ``raw`` of the same shape; they may be the same array."""
-        shift, scale = self.constants(np.result_type(raw.dtype, out.dtype))
+        if raw is out and self.identity:
+            return
+        if out.flags.c_contiguous and raw.flags.c_contiguous:
+            # The constants of a sample's last axis, repeated for a row of some length: numpy is fast on long runs only.
+            raw, out = raw.reshape(len(raw), -1), out.reshape(len(out), -1)
+        width = 1 if len(self.shift) == len(self.scale) == 1 else out.shape[-1]
+        dtype, shift, scale = self.constants(raw.dtype, out.dtype, width)
+        if dtype == out.dtype and raw.dtype != dtype:
+            np.copyto(out, raw, casting="unsafe")
+            raw = out
         if shift is not None:
             np.subtract(raw, shift, out=out, casting="unsafe")
             raw = out

@@ -16,6 +16,7 @@ from dptrain.exchange.verdict import Verdict
 from dptrain.layout import Array
 from dptrain.membership import Membership
 from dptrain.nn.accumulate import Partials
+from dptrain.phases import Phase
 from dptrain.state import State, Store, Update
 
 
@@ -49,7 +50,9 @@ class Allreduce(Exchange):
         self._sum[:] = 0
         for vector in partials.vectors:
             self._sum += vector
+        self.phases.begin(Phase.WAITING, "allreduce")
         self.communicator.allreduce(self._sum, "allreduce")
+        self.phases.begin(Phase.EXCHANGE)
 
     def squares(self) -> npt.NDArray[np.float64]:
         """The coordinator's."""
@@ -60,5 +63,6 @@ class Allreduce(Exchange):
         good = True
         if self.membership.chief:
             good = self._segment.advance(state, scale=verdict.scale, rows=verdict.rows, add=False)
+        self.phases.begin(Phase.WAITING, "weights")
         self.communicator.broadcast(self.store.weights(1 - state.side), "weights")
         return good

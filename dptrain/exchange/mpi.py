@@ -13,6 +13,7 @@ import time
 from array import array
 from typing import TYPE_CHECKING, Any
 
+from dptrain.cores import crowded
 from dptrain.errors import DeadlineError
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ class Mpi:
         self.deadline = deadline
         self.agreed = False
         # Whoever has a core of its own may keep it while it waits; where workers share cores, waiting gives it away.
-        crowded = _local_size() > len(os.sched_getaffinity(0))
-        self._polls = 1 if crowded else _POLLS_BEFORE_YIELD
+        self._polls = 1 if crowded(_local_size(), 1) else _POLLS_BEFORE_YIELD
         self._apart = apart
         self._machines: tuple[tuple[int, ...], ...] | None = None
         self._rows: dict[int, npt.NDArray[np.float64]] = {}

@@ -7,7 +7,6 @@ exchange says how bytes get about; what they mean is decided here, the same for 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +74,7 @@ class Exchange(ABC):
         The state is unchanged when the verdict is not finite, but for ``step``. Raises PeerFailed on all workers
         when any of them reports a failure, and DeadlineError when one keeps the others waiting.
         """
-        row = self.ballot.row(replace(report, wait=self.waited), partials.tallies)
+        row = self.ballot.row(report._replace(wait=self.waited), partials.tallies)
         self.waited = 0.0
         verdict = self.ballot.read(self._gathered(row, "partials"))
         if verdict.failures:
@@ -83,12 +82,11 @@ class Exchange(ABC):
             raise PeerFailed(rank, state.step, "forward and backward", code)
         if verdict.finite:
             verdict = self._decided(state, verdict, partials)
-        after = replace(state, step=state.step + 1)
         if not verdict.finite:
-            return after, verdict
+            return state._replace(step=state.step + 1), verdict
         back = 1 - state.side
         weights, slots = self.store.weights(back), self.store.slots(back)
-        return replace(after, updates=state.updates + 1, weights=weights, slots=slots, side=back), verdict
+        return State(state.step + 1, state.updates + 1, weights, slots, back, state.judgement), verdict
 
     def _decided(self, state: State, verdict: Verdict, partials: Partials) -> Verdict:
         """Write the next state, and agree on whether it counts."""
@@ -102,11 +100,11 @@ class Exchange(ABC):
         self.phases.begin(Phase.UPDATE)
         self._good[0] = self.advance(state, verdict)
         every = self._gathered(self._good, "the new state")
-        return verdict if every.all() else replace(verdict, finite=False)
+        return verdict if every.all() else verdict._replace(finite=False)
 
     def _gathered(self, row: npt.NDArray[np.float64], phase: str) -> npt.NDArray[np.float64]:
         """All workers' rows; nobody goes on before all have come here."""
-        self.phases.begin(Phase.WAITING)
+        self.phases.begin(Phase.WAITING, phase)
         started = time.perf_counter()
         rows = self.communicator.allgather(row, phase)
         self.waited += time.perf_counter() - started
@@ -126,7 +124,9 @@ class Exchange(ABC):
         mine = np.zeros(1 + longest * width)
         mine[0] = report.failure
         mine[1 : 1 + rows.size] = rows.ravel()
+        self.phases.begin(Phase.WAITING, phase)
         every = self.communicator.allgather(mine, phase)
+        self.phases.begin(Phase.EVALUATION)
         failures = [(rank, int(code)) for rank, code in enumerate(every[:, 0].tolist()) if code]
         if failures:
             rank, code = failures[0]

@@ -195,7 +195,7 @@ class Segments(Exchange):
         for carried in self._carried:
             _add(carried.pairs)
             posted.append(self.communicator.post(carried.sends, [], "partials"))
-        _wait(posted)
+        self._wait(posted, "partials")
 
     def squares(self) -> npt.NDArray[np.float64]:
         """Finish the tree for one's own segment."""
@@ -218,11 +218,17 @@ class Segments(Exchange):
         if own is not None:
             good = own.advance(state, scale=verdict.scale, rows=verdict.rows, add=add)
         for carried, sum_ in zip(self._carried, arriving, strict=True):
-            _wait([sum_])
+            self._wait([sum_], "sums")
             self.phases.begin(Phase.UPDATE)
             carried.segment.advance(state, scale=verdict.scale, rows=verdict.rows, add=False)
-        _wait(posted)
+        self._wait(posted, "sums")
         return good
+
+    def _wait(self, posted: Iterable[Posted], phase: str) -> None:
+        self.phases.begin(Phase.WAITING, phase)
+        for some in posted:
+            some.wait()
+        self.phases.begin(Phase.EXCHANGE)
 
 
 def _in_place(values: dict[Node, Array], plan: Sequence[Add], goal: Node | None) -> tuple[list[Pair], Array]:
@@ -246,8 +252,3 @@ def _add(pairs: Iterable[Pair]) -> None:
         part = slice(start, start + BLOCK)
         for left, right in pairs:
             np.add(left[part], right[part], out=left[part])
-
-
-def _wait(posted: Iterable[Posted]) -> None:
-    for some in posted:
-        some.wait()

@@ -15,6 +15,7 @@ import numpy as np
 
 from dptrain.errors import LaunchError
 from dptrain.layout import Array
+from dptrain.limits import limits
 
 FOLDER = Path("/dev/shm")
 
@@ -36,7 +37,11 @@ class Reserved:
 
 
 def nameless(nbytes: int) -> Reserved:
-    """Reserve memory that has no name. LaunchError where the machine hasn't so much."""
+    """Reserve memory that has no name. LaunchError where the machine, or its control group, hasn't so much."""
+    room = available()
+    if nbytes > room:
+        # Asking for it would not fail, but call the kernel's killer.
+        raise _too_little(nbytes, f"{room >> 20} MB", _LESS)
     handle = os.memfd_create("dptrain", os.MFD_CLOEXEC)
     return _reserved(
         handle, nbytes, f"/proc/{os.getpid()}/fd/{handle}", None, "start fewer workers, or a smaller model"
@@ -56,7 +61,16 @@ def in_dev_shm(nbytes: int) -> Reserved:
 WAYS: tuple[Callable[[int], Reserved], ...] = (nameless, in_dev_shm)
 """To be tried in this order, until all can attach."""
 
+_LESS = "start fewer workers, or train a smaller model"
 _CURE = 'docker run --shm-size=…, shm_size in docker-compose.yml, or exchange.type = "segments", which sends messages'
+
+
+def available() -> int:
+    """Bytes that may still be asked for."""
+    limit = limits().memory
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return free if limit is None else min(free, limit)
 
 
 def attach(path: str, nbytes: int) -> Array | None:

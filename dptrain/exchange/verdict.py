@@ -6,34 +6,39 @@ canonical tree, squared norms over blocks in their order.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from dptrain.membership import Membership
-from dptrain.tree import Node, finish
+from dptrain.phases import Phase
+from dptrain.tree import Node, additions
 
 FAILURE, SIGNAL, COMPUTE, WAIT = range(4)
-_HEAD = 4
+_PHASES = slice(4, 4 + len(Phase))
+_HEAD = _PHASES.stop
 _TALLIES = 3
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a worker says of its part of a step. ``failure`` is 0 or its exit code, ``signal`` 0 or the one it got."""
+class Report(NamedTuple):
+    """What a worker says of its part of a step. ``failure`` is 0 or its exit code, ``signal`` 0 or the one it got.
+
+    ``phases`` are the seconds of each phase since the run began.
+    """
 
     compute: float = 0.0
     wait: float = 0.0
+    phases: Sequence[float] = (0.0,) * len(Phase)
     failure: int = 0
     signal: int = 0
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The decision on a step. ``scale`` makes the gradient sum the clipped mean; ``norm`` is None if not wanted.
 
-    ``failures`` are (rank, exit code) of workers that failed; ``compute`` and ``wait`` are seconds, per worker.
+    ``failures`` are (rank, exit code) of workers that failed; ``compute`` and ``wait`` are seconds, per worker;
+    ``phases`` those of each phase since the run began, (workers, phases).
     """
 
     weight: float
@@ -46,6 +51,7 @@ class Verdict:
     failures: tuple[tuple[int, int], ...]
     compute: tuple[float, ...]
     wait: tuple[float, ...]
+    phases: npt.NDArray[np.float64]
 
 
 class Ballot:
@@ -57,14 +63,19 @@ class Ballot:
         self.clip_norm = clip_norm
         self.squares = list(squares)
         self._nodes = max(len(nodes) for nodes in membership.nodes)
+        # Where a row begins, which of its tallies are whose, and how they are added.
+        places = [(node, rank, i) for rank, nodes in enumerate(membership.nodes) for i, node in enumerate(nodes)]
+        self._places = [(node, rank, _HEAD + i * _TALLIES) for node, rank, i in places]
+        self._goal = Node(0, membership.shards)
+        self._additions = additions([node for node, *_ in places], self._goal)
         self._row = np.zeros(_HEAD + self._nodes * _TALLIES)
         self._squares = np.zeros(max(1, *self.squares))
 
     def row(self, report: Report, tallies: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """This worker's row; valid until the next call."""
         row = self._row
-        row[_HEAD:] = 0
-        row[:_HEAD] = report.failure, report.signal, report.compute, report.wait
+        row[: _PHASES.start] = report.failure, report.signal, report.compute, report.wait
+        row[_PHASES] = report.phases
         row[_HEAD : _HEAD + tallies.size] = tallies.ravel()
         return row
 
@@ -75,11 +86,13 @@ class Ballot:
 
     def read(self, rows: npt.NDArray[np.float64]) -> Verdict:
         """The verdict of all rows, in order of rank, as far as it doesn't depend on the gradient."""
-        values: dict[Node, npt.NDArray[np.float64]] = {}
-        for rank, nodes in enumerate(self.membership.nodes):
-            tallies = rows[rank, _HEAD : _HEAD + len(nodes) * _TALLIES].reshape(-1, _TALLIES)
-            values.update(zip(nodes, tallies, strict=True))
-        weight, loss, count = finish(values, Node(0, self.membership.shards), np.add).tolist()
+        # Python's numbers: there are few of them, and numpy takes its time for each call.
+        every = rows.tolist()
+        values = {node: every[rank][at : at + _TALLIES] for node, rank, at in self._places}
+        for parent, left, right in self._additions:
+            a, b = values[left], values[right]
+            values[parent] = [a[0] + b[0], a[1] + b[1], a[2] + b[2]]
+        weight, loss, count = values[self._goal]
         scale = 1 / weight if weight > 0 else math.nan
         return Verdict(
             weight=weight,
@@ -88,10 +101,11 @@ class Ballot:
             norm=None,
             scale=scale,
             finite=math.isfinite(loss) and math.isfinite(scale),
-            signal=int(rows[:, SIGNAL].max()),
-            failures=tuple((rank, int(code)) for rank, code in enumerate(rows[:, FAILURE].tolist()) if code),
-            compute=tuple(rows[:, COMPUTE].tolist()),
-            wait=tuple(rows[:, WAIT].tolist()),
+            signal=int(max(row[SIGNAL] for row in every)),
+            failures=tuple((rank, int(row[FAILURE])) for rank, row in enumerate(every) if row[FAILURE]),
+            compute=tuple([row[COMPUTE] for row in every]),
+            wait=tuple([row[WAIT] for row in every]),
+            phases=rows[:, _PHASES].copy(),
         )
 
     def clipped(self, verdict: Verdict, rows: npt.NDArray[np.float64]) -> Verdict:
@@ -102,4 +116,4 @@ class Ballot:
                 square += value
         norm = math.sqrt(square) / verdict.weight if square >= 0 else math.nan
         scale = verdict.scale * (self.clip_norm / norm) if norm > self.clip_norm else verdict.scale
-        return replace(verdict, norm=norm, scale=scale, finite=verdict.finite and math.isfinite(square))
+        return verdict._replace(norm=norm, scale=scale, finite=verdict.finite and math.isfinite(square))

@@ -335,11 +335,13 @@ class Arithmetic(Spec):
     """``native``: this CPU's kernels. ``portable``: kernels that every x86-64 machine with AVX2 has.
 
     ``accept_other`` goes on from a checkpoint that was made with other kernels, and gives up the same bits.
+    ``compiled`` "auto" uses numba for what it makes faster with the same bits, where it is installed.
     """
 
     kernels: Literal["native", "portable"] = "native"
     threads: Count = 1
     accept_other: bool = field(default=False, metadata=LAUNCH)
+    compiled: Literal["auto", "never"] = field(default="auto", metadata=LAUNCH)
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

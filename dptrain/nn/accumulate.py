@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from dptrain.layout import Layout
 from dptrain.nn.layer import Array, Model, Pass, Workspace
+from dptrain.phases import Phase, Phases
 from dptrain.tree import Node, additions, subtrees
 
 WEIGHT, LOSS, ROWS = range(3)
@@ -168,7 +169,8 @@ def _redirect(batch: _Batch, part: Node, place: int, slot: int) -> None:
 class _Adder:
     """The sink of one schedule: hands out memory for k gradients and adds them as it says, into ``slots``."""
 
-    def __init__(self, layout: Layout, slots: Array, workspace: Workspace) -> None:
+    def __init__(self, layout: Layout, slots: Array, workspace: Workspace, phases: Phases) -> None:
+        self.phases = phases
         self._layout = layout
         self._slots = slots
         self._workspace = workspace
@@ -176,26 +178,28 @@ class _Adder:
         self._open: dict[str, tuple[int, Array]] = {}
         self._free: list[int] = []
         self._scratch = 0
+        self._whole: Array | None = None
 
     def begin(self, batch: _Batch) -> None:
         """Start a batch: every tensor is opened and closed once."""
         self._batch = batch
         self._k = batch.hi - batch.lo
-        whole: Array | None = None
-        if batch.direct is not None:
-            whole = self._slots[batch.direct : batch.direct + 1]
-        elif self._k * self._layout.size <= _WHOLE:
-            whole = self._workspace.array("gradients", (self._k, self._layout.size), self._slots.dtype)
-        self._whole = whole
-        if whole is not None:
-            self._tensors = self._views_of(batch.lo, whole)
+        self._whole = None
+        if batch.direct is not None or self._k * self._layout.size <= _WHOLE:
+            self._whole, self._tensors = self._views_of(batch)
 
-    def _views_of(self, lo: int, whole: Array) -> dict[str, Array]:
-        """The tensors in the memory of a batch, the same every step."""
-        known = self._views.get(lo)
-        if known is None or known[0].ctypes.data != whole.ctypes.data or known[0].shape != whole.shape:
-            known = self._views[lo] = whole, self._layout.views(whole)
-        return known[1]
+    def _views_of(self, batch: _Batch) -> tuple[Array, dict[str, Array]]:
+        """The memory of a batch's gradients and the tensors in it, the same every step."""
+        known = self._views.get(batch.lo)
+        if batch.direct is not None:
+            if known is None:
+                whole = self._slots[batch.direct : batch.direct + 1]
+                known = self._views[batch.lo] = whole, self._layout.views(whole)
+            return known
+        whole = self._workspace.array("gradients", (self._k, self._layout.size), self._slots.dtype)
+        if known is None or known[0] is not whole:
+            known = self._views[batch.lo] = whole, self._layout.views(whole)
+        return known
 
     def open(self, name: str) -> Array:
         """See Sink."""
@@ -217,6 +221,7 @@ class _Adder:
         if self._whole is None:
             entry = self._layout.entries[name]
             number, flat = self._open.pop(name)
+            self.phases.begin(Phase.PARTIALS, name)
             self._add(flat, self._slots[:, entry.start : entry.stop])
             self._free.append(number)
 
@@ -242,6 +247,7 @@ class Accumulator:
     """One worker's forward and backward over its shards. Give it an outbox, get partials.
 
     The outbox is (slots, layout.size) with at least ``schedule(...).slots`` rows; its first rows hold the partials.
+    ``phases`` is told where the time goes.
     """
 
     def __init__(self, model: Model, loss: Loss, *, seed: int, shards: int, at_once: int) -> None:
@@ -251,6 +257,7 @@ class Accumulator:
         self.shards = shards
         self.at_once = at_once
         self.workspace = Workspace()
+        self.phases = Phases()
         self.shards_computed = 0
         self._known: list[tuple[Array, Mapping[str, Array]]] = []
         self._adder: tuple[Schedule, Array, _Adder] | None = None
@@ -278,9 +285,12 @@ class Accumulator:
         tensors = self._tensors(weights)
         sink = self._sink(plan, outbox)
         for batch in plan.batches:
+            self.phases.begin(Phase.DATA)
             rows = load(batch.lo, batch.hi)
             sink.begin(batch)
-            sink.end(self.backward(tensors, rows, range(batch.lo, batch.hi), step, sink), tallies)
+            found = self.backward(tensors, rows, range(batch.lo, batch.hi), step, sink)
+            self.phases.begin(Phase.PARTIALS)
+            sink.end(found, tallies)
         m = len(plan.nodes)
         return Partials(plan.nodes, outbox[:m], tallies[:m])
 
@@ -296,7 +306,8 @@ class Accumulator:
     def _sink(self, plan: Schedule, outbox: Array) -> _Adder:
         """The sink of a schedule, made once."""
         if self._adder is None or self._adder[0] is not plan or self._adder[1] is not outbox:
-            self._adder = plan, outbox, _Adder(self.model.layout, outbox, self.workspace)
+            self._adder = plan, outbox, _Adder(self.model.layout, outbox, self.workspace, self.phases)
+        self._adder[2].phases = self.phases
         return self._adder[2]
 
     def backward(
@@ -311,10 +322,14 @@ class Accumulator:
             rows=rows.rows,
             counts=rows.counts,
             workspace=self.workspace,
+            phases=self.phases,
         )
+        self.phases.begin(Phase.FORWARD)
         z, back = self.model.forward(tensors, rows.x, run)
+        self.phases.begin(Phase.FORWARD, "loss")
         sums = self.loss(z, rows.y, rows.rows, self.workspace, "loss")
         assert sums.dz is not None
+        self.phases.begin(Phase.BACKWARD)
         back(sums.dz, sink)
         self.shards_computed += len(shards)
         tallies = np.empty((len(shards), TALLIES))

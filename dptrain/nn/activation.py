@@ -7,19 +7,20 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.job import spec
-from dptrain.nn.bound import BoundLayer, blocks
+from dptrain.nn.bound import CACHED, BoundLayer, blocks, long_row
 from dptrain.nn.layer import Array, LayerBackward, Pass
 
 
 class _Activation(BoundLayer):
     """Its backward needs y alone, so y may lie where x was, and dx where dy was.
 
-    Subclasses give ``_value`` (writes y, which may be x) and ``_slope`` (f' from y); both use one scratch array.
+    Subclasses give ``_value`` (writes y, which may be x) and ``_slope`` (f' from y). Both get two scratch arrays, one
+    of numbers and one of booleans: a comparison is cast in place of being multiplied with, which numpy would do in
+    buffers made for the occasion.
     """
 
     keeps_output = True
     can_overwrite = True
-    scratch_dtype: npt.DTypeLike | None = None
 
     def __init__(self, settings: Any, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         super().__init__(name, shape, shape, dtype)
@@ -27,42 +28,44 @@ class _Activation(BoundLayer):
     def _value(self, x: Array, y: Array, t: Array) -> None:
         raise NotImplementedError
 
-    def _slope(self, y: Array, t: Array) -> None:
+    def _slope(self, y: Array, t: Array, mask: Array) -> None:
         raise NotImplementedError
 
     def forward(self, tensors: Mapping[str, Array], x: Array, run: Pass) -> tuple[Array, LayerBackward]:
         """Any shape -> the same shape."""
         y = self.output(run, x)
-        x_flat, y_flat = x.reshape(-1), y.reshape(-1)
-        for part in blocks(x.size, self.dtype.itemsize):
-            self._value(x_flat[part], y_flat[part], self._scratch(run, part))
+        self._values(x, y, run)
 
         def backward(dy: Array, grads: Mapping[str, Array], need_dx: bool) -> Array | None:
             dx = self.input_gradient(run, dy)
-            dy_flat, dx_flat = dy.reshape(-1), dx.reshape(-1)
-            for part in blocks(dy.size, self.dtype.itemsize):
-                t = self._scratch(run, part)
-                self._slope(y_flat[part], t)
-                np.multiply(dy_flat[part], t, out=dx_flat[part])
+            flat_y, flat_dy, flat_dx = y.reshape(-1), dy.reshape(-1), dx.reshape(-1)
+            for part in blocks(flat_y.size, self.dtype.itemsize):
+                length = (part.stop - part.start,)
+                t = self.scratch(run, "slope", length)
+                self._slope(flat_y[part], t, self.scratch(run, "mask", length, np.bool_))
+                np.multiply(flat_dy[part], t, out=flat_dx[part])
             return dx
 
         return y, backward
 
-    def _scratch(self, run: Pass, part: slice) -> Array:
-        dtype = self.dtype if self.scratch_dtype is None else self.scratch_dtype
-        return self.scratch(run, f"slope {np.dtype(dtype)}", (part.stop - part.start,), dtype)
+    def _values(self, x: Array, y: Array, run: Pass) -> None:
+        flat_x, flat_y = x.reshape(-1), y.reshape(-1)
+        for part in blocks(flat_x.size, self.dtype.itemsize):
+            t = self.scratch(run, "slope", (part.stop - part.start,))
+            self._value(flat_x[part], flat_y[part], t)
 
 
 class Relu(_Activation):
     """max(x, 0); the slope at 0 is 0."""
 
-    scratch_dtype = np.bool_
+    def _values(self, x: Array, y: Array, run: Pass) -> None:
+        # Against a row of zeros numpy compares several elements at once, against one zero it does not.
+        row = long_row(self.output_shape)
+        np.maximum(x.reshape(-1, row), run.workspace.constant(0, (row,), self.dtype), out=y.reshape(-1, row))
 
-    def _value(self, x: Array, y: Array, t: Array) -> None:
-        np.maximum(x, 0, out=y)
-
-    def _slope(self, y: Array, t: Array) -> None:
-        np.greater(y, 0, out=t)
+    def _slope(self, y: Array, t: Array, mask: Array) -> None:
+        np.greater(y, 0, out=mask)
+        np.copyto(t, mask)
 
 
 class LeakyRelu(_Activation):
@@ -76,8 +79,9 @@ class LeakyRelu(_Activation):
         np.multiply(x, self.negative, out=t)
         np.maximum(x, t, out=y)
 
-    def _slope(self, y: Array, t: Array) -> None:
-        np.copyto(t, np.greater(y, 0))
+    def _slope(self, y: Array, t: Array, mask: Array) -> None:
+        np.greater(y, 0, out=mask)
+        np.copyto(t, mask)
         np.maximum(t, self.negative, out=t)
 
 
@@ -87,7 +91,7 @@ class Tanh(_Activation):
     def _value(self, x: Array, y: Array, t: Array) -> None:
         np.tanh(x, out=y)
 
-    def _slope(self, y: Array, t: Array) -> None:
+    def _slope(self, y: Array, t: Array, mask: Array) -> None:
         np.multiply(y, y, out=t)
         np.subtract(1, t, out=t)
 
@@ -106,7 +110,7 @@ class Sigmoid(_Activation):
         np.add(y, 1, out=y)
         np.reciprocal(y, out=y)
 
-    def _slope(self, y: Array, t: Array) -> None:
+    def _slope(self, y: Array, t: Array, mask: Array) -> None:
         np.subtract(1, y, out=t)
         np.multiply(t, y, out=t)
 
@@ -130,7 +134,7 @@ class Gelu(BoundLayer):
         y = self.output(run, x)
         slope = self.kept(run, "slope", x.shape) if run.training else None
         flat_x, flat_y = x.reshape(-1), y.reshape(-1)
-        for part in blocks(x.size, self.dtype.itemsize, 5):
+        for part in blocks(x.size, self.dtype.itemsize, CACHED // 5):
             shape = (part.stop - part.start,)
             t, u = self.scratch(run, "t", shape), self.scratch(run, "u", shape)
             self._value(flat_x[part], flat_y[part], None if slope is None else slope.reshape(-1)[part], t, u)

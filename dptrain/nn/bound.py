@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,7 @@ import numpy.typing as npt
 from dptrain.nn.layer import Array, LayerBackward, Pass
 
 CACHED = 1 << 20
-"""Bytes that several passes over the same elements may touch and still find them in a core's L2 cache.
-
-A convolution's products are cut by it, so it is part of the bits.
-"""
+"""Bytes that several passes over the same elements may touch and still find them in a core's L2 cache."""
 
 
 class Misfit(Exception):
@@ -74,9 +72,7 @@ class BoundLayer(ABC):
 
     def ones(self, run: Pass, length: int) -> Array:
         """(1, length) ones: a column sum is a product with them, several times faster than a reduction."""
-        ones = self.scratch(run, "ones", (1, length))
-        ones.fill(1)
-        return ones
+        return run.workspace.constant(1, (1, length), self.dtype)
 
     def output(self, run: Pass, x: Array) -> Array:
         """Where y goes."""
@@ -91,13 +87,25 @@ class BoundLayer(ABC):
         return run.workspace.array(self.dx_key, (*dy.shape[:2], *self.input_shape), self.dtype)
 
 
-def blocks(size: int, itemsize: int, arrays: int = 4) -> Iterator[slice]:
-    """Slices that cover range(size), short enough for ``arrays`` of them to stay in the cache together.
+@lru_cache(maxsize=1024)
+def blocks(size: int, itemsize: int, limit: int = CACHED // 4) -> tuple[slice, ...]:
+    """Slices that cover range(size), of at most ``limit`` bytes where an item, an element or an image, has so many.
 
-    ``itemsize`` is the bytes of one item, an element or a whole image.
+    The usual limit lets four arrays stay in the cache together.
     """
-    step = max(1, CACHED // (itemsize * arrays))
-    return (slice(at, min(at + step, size)) for at in range(0, size, step))
+    step = max(1, limit // itemsize)
+    return tuple(slice(at, min(at + step, size)) for at in range(0, size, step))
+
+
+@lru_cache(maxsize=1024)
+def long_row(shape: tuple[int, ...]) -> int:
+    """How many elements of a sample make a run worth an operation of its own: the last axes, 256 elements or all."""
+    row = 1
+    for length in reversed(shape):
+        row *= length
+        if row >= 256:
+            break
+    return row
 
 
 def draw(shape: tuple[int, ...], kind: str, fan_in: int, fan_out: int, rng: np.random.Generator) -> npt.NDArray[Any]:

@@ -19,6 +19,7 @@ from dptrain.nn.layer import Array, LayerBackward, ModelBackward, Pass, Sink
 from dptrain.nn.linear import Flatten, Linear
 from dptrain.nn.normalisation import BatchNorm, LayerNorm
 from dptrain.nn.pooling import AvgPool2d, MaxPool2d
+from dptrain.phases import Phase
 from dptrain.random import Purpose, stream
 
 LAYERS: dict[str, Callable[..., BoundLayer]] = {
@@ -75,9 +76,10 @@ class Chain:
         )
         first = next((s.layer for s in steps if not isinstance(s.layer, Flatten)), None)
         self.input_dtype = np.dtype(np.int64) if isinstance(first, Embedding) else self.dtype
-        self._steps = _pool_first(steps)
+        self._steps = _taken_in(_pool_first(steps))
         self._lowest = next((i for i, s in enumerate(self._steps) if s.names), len(self._steps))
         _plan_memory([s.layer for s in self._steps], id(self))
+        self._known: list[tuple[Mapping[str, Array], list[dict[str, Array]]]] = []
 
     def summary(self) -> list[LayerSummary]:
         """Every layer of the job, in its order."""
@@ -96,14 +98,18 @@ class Chain:
         z lies in the workspace: it is good until the workspace's next pass.
         """
         backwards: list[LayerBackward] = []
-        for step in self._steps:
-            x, back = step.layer.forward({name: tensors[full] for name, full in step.names}, x, run)
+        begin = run.phases.begin
+        phase = Phase.FORWARD if run.training else Phase.EVALUATION
+        for step, own in zip(self._steps, self._own(tensors), strict=True):
+            begin(phase, step.layer.name)
+            x, back = step.layer.forward(own, x, run)
             backwards.append(back)
 
         def backward(dz: Array, sink: Sink) -> None:
             dy: Array | None = dz
             for i in range(len(backwards) - 1, self._lowest - 1, -1):
                 assert dy is not None, f"{self._steps[i].layer.name} has no gradient to work from"
+                begin(Phase.BACKWARD, self._steps[i].layer.name)
                 names = self._steps[i].names
                 grads = {name: sink.open(full) for name, full in names}
                 dy = backwards[i](dy, grads, i > self._lowest)
@@ -111,6 +117,15 @@ class Chain:
                     sink.close(full)
 
         return x, backward
+
+    def _own(self, tensors: Mapping[str, Array]) -> list[dict[str, Array]]:
+        """Each step's tensors by their layer's own names; those of the last two mappings, two sides, are remembered."""
+        for known, own in self._known:
+            if known is tensors:
+                return own
+        own = [{name: tensors[full] for name, full in step.names} for step in self._steps]
+        self._known = [*self._known[-1:], (tensors, own)]
+        return own
 
 
 def build_chain(layers: Sequence[spec.Layer], sample_shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -> Chain:
@@ -175,6 +190,16 @@ def _pool_first(steps: Sequence[_Step]) -> list[_Step]:
             relu.input_shape = relu.output_shape = pool.output_shape
             order[i], order[i + 1] = order[i + 1], order[i]
     return order
+
+
+def _taken_in(steps: Sequence[_Step]) -> list[_Step]:
+    """Without the poolings and relus whose work the convolution before them does."""
+    left: list[_Step] = []
+    for step in steps:
+        before = left[-1].layer if left else None
+        if not (isinstance(before, Conv2d) and before.take_in(step.layer)):
+            left.append(step)
+    return left
 
 
 def _plan_memory(layers: Sequence[BoundLayer], key: int) -> None:

@@ -15,7 +15,8 @@ from dptrain.nn.layer import Array, LayerBackward, Pass
 class Embedding(BoundLayer):
     """y[..., :] = W[x]: row x of a (vocabulary, units) table for each integer x of the sample.
 
-    An integer outside the table is a ModelError. Integers have no gradient, so dx is None.
+    An integer outside the table is a ModelError. Integers have no gradient, so dx is None. Gradients of one row are
+    added in the order of the tokens.
     """
 
     def __init__(self, settings: spec.Embedding, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
@@ -43,17 +44,15 @@ class Embedding(BoundLayer):
         tokens = math.prod(x.shape[1:])
 
         def backward(dy: Array, grads: Mapping[str, Array], need_dx: bool) -> Array | None:
-            ordered = self.scratch(run, "rows", (tokens, self.units))
+            columns = run.workspace.made(("columns", self.units), lambda: np.arange(self.units))
+            starts = self.scratch(run, "starts", (tokens, 1), np.int64)
+            places = self.scratch(run, "places", (tokens, self.units), np.int64)
             for j, dW in enumerate(grads["W"]):
-                self._add_rows(x[j].reshape(-1), dy[j].reshape(tokens, self.units), dW, ordered)
+                # numpy adds at single elements of a flat array much faster than at rows of a table.
+                np.multiply(x[j].reshape(-1, 1), self.units, out=starts)
+                np.add(starts, columns, out=places)
+                dW.fill(0)
+                np.add.at(dW.reshape(-1), places.reshape(-1), dy[j].reshape(-1))
             return None
 
         return y, backward
-
-    def _add_rows(self, rows: Array, dy: Array, dW: Array, ordered: Array) -> None:
-        """dW[i] = the sum of dy over the places where i stands, in their order."""
-        dW.fill(0)
-        order = np.argsort(rows, kind="stable")
-        np.take(dy, order, axis=0, out=ordered, mode="clip")
-        present, starts = np.unique(rows[order], return_index=True)
-        dW[present] = np.add.reduceat(ordered, starts, axis=0)

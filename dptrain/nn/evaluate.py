@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from dptrain.nn.accumulate import Loss
 from dptrain.nn.layer import Array, Model, Pass, Workspace
+from dptrain.phases import Phase, Phases
 
 
 class Metric(Protocol):
@@ -64,6 +65,7 @@ class Evaluator:
         self.at_once = at_once
         self.decode = decode
         self.workspace = Workspace()
+        self.phases = Phases()
         self.width = 3 + sum(metric.width for metric in metrics)
 
     def blocks(self, part: Rows) -> int:
@@ -88,6 +90,7 @@ class Evaluator:
         x = space.array("x", (k * rows, *self.sample[0]), self.sample[1])
         y = space.array("y", (k * rows, *self.target[0]), self.target[1])
         start = at * self.rows
+        self.phases.begin(Phase.EVALUATION, "data")
         part.read(np.arange(start, start + k * rows), x, y)
         ones = space.array("rows", (k, rows), self.dtype)
         ones.fill(1)
@@ -99,8 +102,11 @@ class Evaluator:
             rows=ones,
             counts=[rows] * k,
             workspace=space,
+            phases=self.phases,
         )
+        self.phases.begin(Phase.EVALUATION)
         z, _ = self.model.forward(tensors, x.reshape(k, rows, *self.sample[0]), run)
+        self.phases.begin(Phase.EVALUATION, "loss and metrics")
         target = y.reshape(k, rows, *self.target[0])
         sums = self.loss(z, target, ones, space, "loss", gradient=False)
         if self.decode is not None:

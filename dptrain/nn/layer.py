@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.layout import Layout
+from dptrain.phases import Phases
 
 Array = npt.NDArray[Any]
 
@@ -26,6 +27,7 @@ class Workspace:
     def __init__(self) -> None:
         self._memory: dict[Hashable, Array] = {}
         self._views: dict[Hashable, Array] = {}
+        self._made: dict[Hashable, Array] = {}
 
     def array(self, key: Hashable, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """An uninitialised contiguous array; its memory is the key's, grown when a larger one is asked for."""
@@ -41,17 +43,29 @@ class Workspace:
             self._views[exact] = view
         return view
 
+    def made(self, key: Hashable, make: Callable[[], Array]) -> Array:
+        """What ``make`` gave when the key was first asked for: a constant, or memory of which parts never change."""
+        array = self._made.get(key)
+        if array is None:
+            array = self._made[key] = make()
+        return array
+
+    def constant(self, value: float, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """A contiguous array that holds ``value`` everywhere, for reading."""
+        return self.made((value, shape, dtype), lambda: np.full(shape, value, dtype))
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(memory.nbytes for memory in self._memory.values())
+        return sum(memory.nbytes for held in (self._memory, self._made) for memory in held.values())
 
 
 class Pass:
     """One forward (and backward) over k shards of one step.
 
     ``rows`` is (k, b) in the compute dtype, 1 for a real row and 0 for padding; ``counts`` the real rows of each
-    shard; ``shards`` their numbers, which key the randomness together with ``seed`` and ``step``.
+    shard; ``shards`` their numbers, which key the randomness together with ``seed`` and ``step``. ``phases`` is told
+    which layer has the time.
     """
 
     def __init__(
@@ -64,6 +78,7 @@ class Pass:
         rows: Array,
         counts: Sequence[int],
         workspace: Workspace,
+        phases: Phases | None = None,
     ) -> None:
         self.training = training
         self.seed = seed
@@ -72,6 +87,7 @@ class Pass:
         self.rows = rows
         self.counts = tuple(counts)
         self.workspace = workspace
+        self.phases = phases or Phases()
 
 
 LayerBackward = Callable[[Array, Mapping[str, Array], bool], "Array | None"]

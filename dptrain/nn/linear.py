@@ -35,27 +35,29 @@ class Linear(BoundLayer):
 
     def forward(self, tensors: Mapping[str, Array], x: Array, run: Pass) -> tuple[Array, LayerBackward]:
         """(k, b, ..., inputs) -> (k, b, ..., units)."""
-        k, b = x.shape[:2]
         W = tensors["W"]
-        rows = b * math.prod(self.input_shape[:-1])
-        flat = x.reshape(k, rows, self.inputs)
         y = self.output(run, x)
-        np.matmul(flat, W, out=y.reshape(k, rows, self.units))
+        flat, flat_y = self._flat(x), self._flat(y)
+        np.matmul(flat, W, out=flat_y)
         if self.bias:
-            np.add(y, tensors["b"], out=y)
+            np.add(flat_y, tensors["b"], out=flat_y)
 
         def backward(dy: Array, grads: Mapping[str, Array], need_dx: bool) -> Array | None:
-            dy_flat = dy.reshape(k, rows, self.units)
-            np.matmul(flat.swapaxes(1, 2), dy_flat, out=grads["W"])
+            flat_dy = self._flat(dy)
+            np.matmul(flat.swapaxes(1, 2), flat_dy, out=grads["W"])
             if self.bias:
-                np.matmul(self.ones(run, rows), dy_flat, out=grads["b"][:, None, :])
+                np.matmul(self.ones(run, flat_dy.shape[1]), flat_dy, out=grads["b"][:, None, :])
             if not need_dx:
                 return None
             dx = self.input_gradient(run, dy)
-            np.matmul(dy_flat, W.T, out=dx.reshape(k, rows, self.inputs))
+            np.matmul(flat_dy, W.T, out=self._flat(dx))
             return dx
 
         return y, backward
+
+    def _flat(self, array: Array) -> Array:
+        """(k, rows, elements): the positions of a sequence are rows of the product."""
+        return array if array.ndim == 3 else array.reshape(len(array), -1, array.shape[-1])
 
 
 class Flatten(BoundLayer):

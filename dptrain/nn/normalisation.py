@@ -66,11 +66,13 @@ class BatchNorm(BoundLayer):
                         grad.fill(0)
                 else:
                     count = n * self.positions
-                    own["running_mean"][...] = n * means[j]
-                    own["running_var"][...] = n * (variances[j] * (count / max(1, count - 1)))
+                    np.multiply(means[j], n, out=own["running_mean"], casting="same_kind")
+                    np.multiply(
+                        variances[j], n * count / max(1, count - 1), out=own["running_var"], casting="same_kind"
+                    )
                     self._gradients(dy[j, :n], normal[j, :n], own, run)
                     if dx is not None:
-                        factor = gamma * inverses[j]
+                        factor = np.multiply(gamma, inverses[j], out=inverses[j])
                         self._input_gradient(dy[j, :n], normal[j, :n], own, factor, dx[j, :n], run)
                 if dx is not None:
                     dx[j, n:] = 0
@@ -97,24 +99,26 @@ class BatchNorm(BoundLayer):
             sums = self.scratch(run, "sums", (rows, 1, self.channels))
             np.matmul(self.ones(run, self.positions), x.reshape(rows, self.positions, self.channels), out=sums)
             x = sums
-        total: Array = x.reshape(rows, self.channels).sum(axis=0, dtype=np.float64)
-        return total
+        total = self.scratch(run, "total", (self.channels,), np.float64)
+        return np.add.reduce(x.reshape(rows, self.channels), axis=0, dtype=np.float64, out=total)
 
     def _spread(self, vector: Array, what: str, run: Pass) -> Array:
         """A value per channel as one for every element of a row: numpy is fast on long runs only."""
         wide = self.scratch(run, what, (self.positions, self.channels))
-        wide[...] = vector
+        np.copyto(wide, vector, casting="same_kind")
         return wide.reshape(-1)
 
     def _normalise(self, x: Array, normal: Array, mean: Array, variance: Array, inverse: Array, run: Pass) -> None:
         rows, count = len(x), len(x) * self.positions
-        mean[...] = self._column_sums(x, run) / count
+        np.divide(self._column_sums(x, run), count, out=mean)
         x, normal = x.reshape(rows, -1), normal.reshape(rows, -1)
         np.subtract(x, self._spread(mean, "a", run), out=normal)
         squares = self.scratch(run, "squares", normal.shape)
         np.multiply(normal, normal, out=squares)
-        variance[...] = self._column_sums(squares.reshape(rows, *self.input_shape), run) / count
-        inverse[...] = 1.0 / np.sqrt(variance + self.eps)
+        np.divide(self._column_sums(squares.reshape(rows, *self.input_shape), run), count, out=variance)
+        np.add(variance, self.eps, out=inverse)
+        np.sqrt(inverse, out=inverse)
+        np.reciprocal(inverse, out=inverse)
         np.multiply(normal, self._spread(inverse, "a", run), out=normal)
 
     def _affine(self, normal: Array, gamma: Array, beta: Array, y: Array, run: Pass) -> None:
@@ -136,9 +140,10 @@ class BatchNorm(BoundLayer):
         rows, count = len(dy), len(dy) * self.positions
         dy, dx, part = dy.reshape(rows, -1), dx.reshape(rows, -1), normal.reshape(rows, -1)
         # ``normal`` has served; its memory takes the product.
-        np.multiply(part, self._spread(own["gamma"] / count, "a", run), out=part)
+        share = self.scratch(run, "share", (self.channels,))
+        np.multiply(part, self._spread(np.divide(own["gamma"], count, out=share), "a", run), out=part)
         np.subtract(dy, part, out=dx)
-        np.subtract(dx, self._spread(own["beta"] / count, "a", run), out=dx)
+        np.subtract(dx, self._spread(np.divide(own["beta"], count, out=share), "a", run), out=dx)
         np.multiply(dx, self._spread(factor, "a", run), out=dx)
 
 

@@ -1,13 +1,13 @@
 """Maximum and mean over the windows of an image."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from dptrain.job import spec
-from dptrain.nn.bound import BoundLayer, Misfit, blocks
+from dptrain.nn.bound import CACHED, BoundLayer, Misfit, blocks
 from dptrain.nn.layer import Array, LayerBackward, Pass
 
 
@@ -43,15 +43,45 @@ class _Pool(BoundLayer):
         """All images of all shards behind one another; elementwise work needs no shard of its own."""
         return x.reshape(-1, *x.shape[2:])
 
-    def parts(self, total: int) -> Iterator[slice]:
+    def parts(self, total: int) -> tuple[slice, ...]:
         """Which images go together."""
-        return blocks(total, math.prod(self.input_shape) * self.dtype.itemsize, 2)
+        return blocks(total, math.prod(self.input_shape) * self.dtype.itemsize, CACHED // 2)
 
     def element(self, x: Array, t: int) -> Array:
         """The t-th pixel (in row-major order) of every window of some images: (images, oh, ow, channels)."""
         i, j = divmod(t, self.kernel)
         oh, ow, _ = self.output_shape
         return x[:, i : i + self.stride * oh : self.stride, j : j + self.stride * ow : self.stride]
+
+    def all_elements(self, x: Array) -> list[Array]:
+        """Every pixel of the windows of some images."""
+        return [self.element(x, t) for t in range(self.elements)]
+
+
+def maxima(elements: Sequence[Array] | Array, y: Array) -> None:
+    """The maximum of some arrays, element by element."""
+    np.copyto(y, elements[0])
+    for candidate in elements[1:]:
+        np.maximum(y, candidate, out=y)
+
+
+def winners(elements: Sequence[Array] | Array, y: Array, winner: Array, mask: Array, number: Array) -> None:
+    """The maximum of some arrays, and the number of the first that has it. ``mask`` and ``number`` are scratch."""
+    if len(elements) == 1:
+        np.copyto(y, elements[0])
+        winner.fill(0)
+        return
+    np.greater(elements[1], elements[0], out=mask)
+    np.copyto(winner, mask)
+    np.maximum(elements[0], elements[1], out=y)
+    # A comparison's bytes are 0 and 1, numbers that need no cast.
+    flags = mask.view(np.uint8) if winner.itemsize == 1 else mask
+    for t in range(2, len(elements)):
+        np.greater(elements[t], y, out=mask)
+        np.maximum(y, elements[t], out=y)
+        # Numbers only grow, so the maximum of the numbers is the last strict improvement: the first maximum.
+        np.multiply(flags, winner.dtype.type(t), out=number)
+        np.maximum(winner, number, out=winner)
 
 
 class MaxPool2d(_Pool):
@@ -67,7 +97,12 @@ class MaxPool2d(_Pool):
         winner = self.kept(run, "winner", y.shape, index)
         x_all, y_all, winner_all = self.images(x), self.images(y), self.images(winner)
         for part in self.parts(len(x_all)):
-            self._maximum(x_all[part], y_all[part], winner_all[part], run)
+            elements, some = self.all_elements(x_all[part]), y_all[part]
+            if run.training:
+                mask = self.scratch(run, "mask", some.shape, np.bool_)
+                winners(elements, some, winner_all[part], mask, self.scratch(run, "number", some.shape, index))
+            else:
+                maxima(elements, some)
 
         def backward(dy: Array, grads: Mapping[str, Array], need_dx: bool) -> Array | None:
             dx = self.input_gradient(run, dy)
@@ -77,24 +112,6 @@ class MaxPool2d(_Pool):
             return dx
 
         return y, backward
-
-    def _maximum(self, x: Array, y: Array, winner: Array, run: Pass) -> None:
-        np.copyto(y, self.element(x, 0))
-        if not run.training:
-            for t in range(1, self.elements):
-                np.maximum(y, self.element(x, t), out=y)
-            return
-        winner.fill(0)
-        larger = self.scratch(run, "mask", y.shape, np.bool_)
-        number = self.scratch(run, "number", y.shape, winner.dtype)
-        for t in range(1, self.elements):
-            candidate = self.element(x, t)
-            np.greater(candidate, y, out=larger)
-            np.maximum(y, candidate, out=y)
-            # Numbers only grow, so the maximum of the numbers is the last strict improvement: the first maximum.
-            flags = larger.view(np.uint8) if winner.itemsize == 1 else larger
-            np.multiply(flags, winner.dtype.type(t), out=number)
-            np.maximum(winner, number, out=winner)
 
     def _scatter(self, dy: Array, winner: Array, dx: Array, run: Pass) -> None:
         if not self.covers:

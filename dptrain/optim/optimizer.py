@@ -1,5 +1,6 @@
 """Optimizers: element by element, from the old state to the new one, over any segment of the flat vector."""
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -153,11 +154,24 @@ def power(base: float, exponent: int) -> float:
     return result
 
 
-def make_optimizer(settings: spec.Optimizer) -> Optimizer:
-    """The job's optimizer, without its schedule and clipping."""
+COMPILED_FROM = 1 << 17
+"""Parameters from which compiled updates are worth the time that loading numba takes."""
+
+
+def make_optimizer(settings: spec.Optimizer, *, parameters: int = 0, compiled: str = "never") -> Optimizer:
+    """The job's optimizer, without its schedule and clipping.
+
+    ``compiled`` "auto": by numba, if it is installed and the model large enough to gain by it. The bits are the same.
+    """
+    sgd: type[SGD] = SGD
+    adam: type[Adam] = Adam
+    if compiled == "auto" and parameters >= COMPILED_FROM and importlib.util.find_spec("numba"):
+        from dptrain.optim.compiled import CompiledAdam, CompiledSGD
+
+        sgd, adam = CompiledSGD, CompiledAdam
     if settings.type == "sgd":
-        return SGD(settings.momentum, settings.nesterov, settings.weight_decay)
-    return Adam(
+        return sgd(settings.momentum, settings.nesterov, settings.weight_decay)
+    return adam(
         settings.beta1,
         settings.beta2,
         settings.eps,

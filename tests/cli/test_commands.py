@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dptrain.cli.doctor import size
 from tests.cli.conftest import PROGRAM, Program, weights
 
 CLOSING = re.compile(
@@ -213,3 +214,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(dptrain: Program, tmp_path: P
     resumed = dptrain(*told[1].split())
     assert resumed.returncode == 0, resumed.stderr
     assert weights(resumed.stdout) == weights(whole.stdout)
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (1 << 20, "1 MiB"), (3 << 40, "3 TiB")])
+def test_sizes(count: int, text: str) -> None:
+    assert size(count) == text

@@ -56,6 +56,22 @@ def test_closing_lines_name_the_hash_and_the_run() -> None:
     assert second == "run runs/a; try: dptrain eval runs/a"
 
 
+def test_closing_lines_name_the_slowest_worker_and_the_trace() -> None:
+    slow = {"rank": 3, "phase": "forward", "times": 1.8, "host": "node7"}
+    _, second, third, fourth = closing(RESULT | {"slowest": slow}, "runs/a", AGAIN, "my trace.json")
+    assert second == "slowest worker: rank 3 (node7), forward took 1.8 times the workers' median"
+    assert third == "trace 'my trace.json'; open it in ui.perfetto.dev"
+    assert fourth == "run runs/a; try: dptrain eval runs/a"
+    out = io.StringIO()
+    shown = Silent(out, AGAIN)
+    shown.started(INFO | {"trace": "t.json"})
+    shown.finished(RESULT | {"slowest": None})
+    assert out.getvalue().splitlines()[1:] == [
+        "trace t.json; open it in ui.perfetto.dev",
+        "run runs/a; try: dptrain eval runs/a",
+    ]
+
+
 def test_a_stopped_run_says_how_to_go_on() -> None:
     _, second = closing(RESULT | {"state": "stopped", "steps": 12}, "runs/a", AGAIN)
     assert second == "stopped at step 12; to resume: dptrain run 'my job.toml' --run-dir runs/a --resume"

@@ -18,6 +18,7 @@ from dptrain.exchange import shared_memory
 from dptrain.exchange.segments import Machines, Memory
 from dptrain.exchange.shared_memory import attach, in_dev_shm, nameless
 from dptrain.layout import Layout
+from dptrain.limits import Limits
 from tests.mpirun import ROOT, ranks
 
 WRITE = """
@@ -82,6 +83,15 @@ def test_too_little_room_is_told_with_the_cure() -> None:
     assert "shm_size" in str(caught.value)
     assert "segments" in str(caught.value)
     assert names() == before
+
+
+def test_more_than_the_machine_has_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LaunchError, match="fewer workers"):
+        nameless(1 << 50)
+    monkeypatch.setattr(shared_memory, "limits", lambda: Limits(2, None, 4096))
+    nameless(4096).release()
+    with pytest.raises(LaunchError, match=r"expected 1 MB .* found 0 MB"):
+        nameless(4097)
 
 
 def test_a_machine_without_dev_shm_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from dptrain.exchange.verdict import Ballot, Report, Verdict
 from dptrain.membership import Membership
+from dptrain.phases import Phase
 
 SHARDS, BLOCKS = 8, 5
 RNG = np.random.default_rng(4)
@@ -86,5 +87,8 @@ def test_signals_failures_and_times_are_everyones() -> None:
     assert found.signal == 15
     assert found.compute == (0.5, 0.0, 0.0)
     assert found.wait == (0.0, 0.0, 0.25)
+    assert not found.phases.any()
+    phases = {rank: [float(10 * rank + phase) for phase in Phase] for rank in range(3)}
+    assert verdict(3, phases=phases).phases.tolist() == [phases[0], phases[1], phases[2]]
     assert verdict(3).failures == ()
     assert verdict(3).signal == 0

@@ -25,6 +25,17 @@ IMAGE_NET = [
     spec.LeakyRelu(),
     spec.Linear(units=3),
 ]
+POOLED_NET = [
+    spec.Conv2d(channels=6, padding="same"),
+    spec.Relu(),
+    spec.MaxPool2d(),
+    spec.Conv2d(channels=3, padding=1),
+    spec.Relu(),
+    spec.Conv2d(channels=2, kernel=2),
+    spec.MaxPool2d(),
+    spec.Flatten(),
+    spec.Linear(units=2),
+]
 TOKEN_NET = [spec.Embedding(vocabulary=7, units=4), spec.Linear(units=3), spec.Gelu(), spec.Flatten(), spec.Sigmoid()]
 
 
@@ -51,7 +62,7 @@ def batch(layers, rng, k, b, dtype=np.float64):
     return spaced(rng, (k, b, 7, 6, 2), dtype), (7, 6, 2)
 
 
-@pytest.mark.parametrize("layers", [IMAGE_NET, TOKEN_NET], ids=["images", "tokens"])
+@pytest.mark.parametrize("layers", [IMAGE_NET, POOLED_NET, TOKEN_NET], ids=["images", "pooled images", "tokens"])
 def test_the_gradient_of_a_whole_chain_is_that_of_finite_differences(layers):
     rng = stream(1, Purpose.PROBE)
     k, b, counts = 2, 5, [5, 4]
@@ -72,7 +83,7 @@ def test_the_gradient_of_a_whole_chain_is_that_of_finite_differences(layers):
     assert np.isfinite(vectors).all()
 
 
-@pytest.mark.parametrize("layers", [IMAGE_NET, TOKEN_NET], ids=["images", "tokens"])
+@pytest.mark.parametrize("layers", [IMAGE_NET, POOLED_NET, TOKEN_NET], ids=["images", "pooled images", "tokens"])
 @pytest.mark.parametrize("k", [2, 3, 8])
 def test_a_chain_gives_the_same_bytes_together_and_one_by_one(layers, k):
     rng = stream(2, Purpose.PROBE)
@@ -118,21 +129,78 @@ def test_overwriting_changes_no_value():
     assert [part.tobytes() for part in thrifty] == [part.tobytes() for part in lavish]
 
 
+def indices(chain):
+    return [step.index for step in chain._steps]
+
+
 def test_pooling_before_the_relu_changes_no_value():
-    layers = [spec.Conv2d(channels=4), spec.Relu(), spec.MaxPool2d(), spec.Flatten(), spec.Linear(units=2)]
+    layers = [spec.BatchNorm(), spec.Relu(), spec.MaxPool2d(), spec.Flatten(), spec.Linear(units=2)]
     rng = stream(5, Purpose.PROBE)
     x = rng.standard_normal((2, 3, 8, 8, 1)).astype(np.float32)
     dz = rng.standard_normal((2, 3, 2)).astype(np.float32)
     chain, vector = started(layers, (8, 8, 1), np.float32)
-    assert [step.index for step in chain._steps] == [0, 2, 1, 3, 4]
+    assert indices(chain) == [0, 2, 1, 3, 4]
     # A layer of slope 0 is a relu that the chain doesn't know as one.
     plain, _ = started([layers[0], spec.LeakyRelu(slope=0.0), *layers[2:]], (8, 8, 1), np.float32)
-    assert [step.index for step in plain._steps] == [0, 1, 2, 3, 4]
+    assert indices(plain) == [0, 1, 2, 3, 4]
     z, vectors = gradients(chain, vector, x, dz, make_run(2, 3, dtype=np.float32))
     z_plain, vectors_plain = gradients(plain, vector, x, dz, make_run(2, 3, dtype=np.float32))
     np.testing.assert_array_equal(z, z_plain)
     np.testing.assert_array_equal(vectors, vectors_plain)
     assert vectors.any()
+
+
+CONVOLUTIONS = [
+    spec.Conv2d(channels=3, padding="same"),
+    spec.Conv2d(channels=3, padding=2, stride=2, bias=False),
+    spec.Conv2d(channels=3, kernel=1),
+    spec.Conv2d(channels=3, kernel=2, padding=3),
+]
+FOLLOWERS = {
+    "relu": [spec.Relu()],
+    "pool": [spec.MaxPool2d()],
+    "relu, pool": [spec.Relu(), spec.MaxPool2d(kernel=3)],
+    "pool, relu": [spec.MaxPool2d(), spec.Relu()],
+}
+
+
+@pytest.mark.parametrize("followers", FOLLOWERS)
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=str)
+def test_what_a_convolution_takes_in_changes_no_value(convolution, channels, followers):
+    # Twice, so that one of them has to give an input gradient as well.
+    layers = [convolution, *FOLLOWERS[followers], spec.Conv2d(channels=4, padding=1), *FOLLOWERS[followers]]
+    rng = stream(8, Purpose.PROBE)
+    k, b, counts = 2, 3, [3, 2]
+    shape = (19, 22, channels)
+    chain, vector = started(layers, shape)
+    if channels > 1:
+        assert indices(chain) == [0, 1 + len(FOLLOWERS[followers])]
+    # The bias of a new layer is 0, and would not tell where it is added.
+    vector += 0.1 * rng.standard_normal(vector.shape)
+    x, dz = spaced(rng, (k, b, *shape)), rng.standard_normal((k, b, *chain.output_shape))
+    # A dropout of rate 0 does nothing but stand between.
+    apart_layers = [one for layer in layers for one in (layer, spec.Dropout(rate=0.0))]
+    apart, _ = started(apart_layers, shape)
+    assert len(apart._steps) == len(apart_layers)
+    z, vectors = gradients(chain, vector, x, dz, make_run(k, b, counts))
+    z_apart, vectors_apart = gradients(apart, vector, x, dz, make_run(k, b, counts))
+    np.testing.assert_allclose(z, z_apart, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(vectors, vectors_apart, rtol=1e-10, atol=1e-12)
+    assert vectors.any()
+    evaluated, _ = chain.forward(chain.layout.views(vector), x, make_run(k, b, counts, training=False))
+    np.testing.assert_array_equal(evaluated, z)
+
+
+def test_a_convolution_takes_in_a_relu_and_a_pooling_that_is_worth_it():
+    conv, wide = spec.Conv2d(channels=2), spec.MaxPool2d(kernel=6)
+    assert indices(build_chain(POOLED_NET, (20, 20, 1))) == [0, 3, 5, 7, 8]
+    # One window for all of the pool would be too large, with few channels; the pool has gaps, or overlaps.
+    assert indices(build_chain([conv, wide], (20, 20, 1))) == [0, 1]
+    assert indices(build_chain([conv, wide], (20, 20, 5))) == [0]
+    for stride in (1, 3):
+        assert indices(build_chain([conv, spec.MaxPool2d(kernel=2, stride=stride)], (20, 20, 1))) == [0, 1]
+    assert indices(build_chain([conv, spec.MaxPool2d(kernel=16)], (40, 40, 5))) == [0, 1]
 
 
 def test_the_summary_lists_the_jobs_layers_in_their_order():

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dptrain.job import spec
-from dptrain.nn.bound import CACHED
 from dptrain.nn.chain import LAYERS as REGISTERED
+from dptrain.nn.convolution import TOGETHER
 from dptrain.nn.layer import Workspace
 from dptrain.random import Purpose, stream
 
@@ -243,10 +243,10 @@ def test_activations_at_the_edges_of_their_range():
 
 def test_a_convolution_in_several_parts_is_the_sum_of_its_images():
     rng = rng_of(8)
-    layer = bind(spec.Conv2d(channels=4), (30, 30, 6), np.float64)
-    assert layer.image_bytes * 2 < CACHED < layer.image_bytes * 5
+    layer = bind(spec.Conv2d(channels=4), (40, 40, 6), np.float64)
+    assert layer.image_bytes * 2 < TOGETHER < layer.image_bytes * 5
     tensors = make_tensors(layer, rng, np.float64)
-    x, dy = rng.standard_normal((1, 5, 30, 30, 6)), rng.standard_normal((1, 5, *layer.output_shape))
+    x, dy = rng.standard_normal((1, 5, 40, 40, 6)), rng.standard_normal((1, 5, *layer.output_shape))
     whole = run_layer(layer, tensors, x, dy, make_run(1, 5))
     images = [run_layer(layer, tensors, x[:, [i]], dy[:, [i]], make_run(1, 1)) for i in range(5)]
     for name, grad in whole.grads.items():

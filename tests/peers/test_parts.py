@@ -204,7 +204,8 @@ def test_updates_agree(name):
     for count in range(1, 21):
         g = rng.standard_normal(50)
         new, new_slots = np.empty(50), [np.empty(50) for _ in slots]
-        optimizer.update(w, 4 * g, slots, new, new_slots, scale=0.25, lr=0.1, count=count)
+        t, u = np.empty((2, 50))
+        optimizer.stretch(w, 4 * g, slots, new, new_slots, optimizer.rates(0.25, 0.1, count), t, u)
         w, slots = new, new_slots
         there.grad = torch.from_numpy(g)
         peer.step()

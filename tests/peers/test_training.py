@@ -77,8 +77,9 @@ def trained_here(layers, shape, start, batches, momentum=MOMENTUM):
         sums = loss(z, y[None], rows, workspace, "loss")
         backward(sums.dz, sink)
         losses.append(float(sums.loss[0] / sums.weight[0]))
-        mean = {"scale": 1 / float(sums.weight[0]), "lr": LR, "count": step + 1}
-        optimizer.update(w, sink.vector[0], slots, new_w, new_slots, **mean)
+        rates = optimizer.rates(1 / float(sums.weight[0]), LR, step + 1)
+        t, u = np.empty((2, len(w)))
+        optimizer.stretch(w, sink.vector[0], slots, new_w, new_slots, rates, t, u)
         sides.reverse()
     return sides[0][0], losses
 

@@ -1,10 +1,7 @@
 import os
 from pathlib import Path
 
-import pytest
-
-from dptrain.cli import limits
-from dptrain.cli.doctor import size
+from dptrain import limits
 
 
 def group(tmp_path: Path, line: str) -> Path:
@@ -46,8 +43,3 @@ def test_no_control_groups_are_no_limits(tmp_path: Path) -> None:
 def test_shared_memory_that_is_not_there(tmp_path: Path) -> None:
     assert limits.shared_memory(str(tmp_path / "none")) is None
     assert limits.shared_memory(str(tmp_path)) is not None
-
-
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (1 << 20, "1 MiB"), (3 << 40, "3 TiB")])
-def test_sizes(count: int, text: str) -> None:
-    assert size(count) == text

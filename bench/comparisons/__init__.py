@@ -1,0 +1,1 @@
+"""The benchmarks: each a run of the command line."""

@@ -1,0 +1,122 @@
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import report, rows, spawn
+from bench.comparisons import steps
+from bench.contestants import ours
+from bench.contestants.numpy_model import Network
+from bench.interleave import Runs, interleaved
+from bench.spawn import NotRun
+from bench.workload import CASES, DATA_ROWS, MODELS, Model, Workload
+
+SMALL = Model(
+    "small",
+    (4, 4, 2),
+    (
+        {"type": "conv2d", "channels": 3, "kernel": 3, "padding": "same"},
+        {"type": "relu"},
+        {"type": "max_pool2d", "kernel": 2},
+        {"type": "flatten"},
+        {"type": "linear", "units": 10},
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Workload:
+    folder = tmp_path_factory.mktemp("bench") / "rows"
+    rows.write(MODELS["mlp"], folder)
+    return CASES["mlp-32"].at(steps=30, data=str(folder), lr=0.05)
+
+
+def test_a_workload_survives_being_an_argument():
+    work = CASES["cnn-64"].at(workers=1, seed=3)
+    assert Workload.parse(work.text()) == work
+    assert DATA_ROWS % work.batch == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("mlp", 535_818), ("big", 5_824_522), ("wide", 20_037_642), ("cnn", 421_642)]
+)
+def test_the_models_have_the_parameters_of_their_layers(name: str, parameters: int):
+    assert MODELS[name].parameters == parameters
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_the_numpy_peer_differentiates(flat: bool):
+    network = Network(SMALL, 0, flat=flat)
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((6, *SMALL.shape), dtype=np.float32)
+    y = rng.integers(0, 10, 6)
+    network.differentiate(x, y)
+    gradients = [g.copy() for g in network.gradients]
+    for weights, gradient in zip(network.weights, gradients, strict=True):
+        direction = gradient / np.linalg.norm(gradient)
+        losses = []
+        for way in (1, -1):
+            weights += np.float32(way * 1e-2) * direction
+            losses.append(network.differentiate(x, y))
+            weights -= np.float32(way * 1e-2) * direction
+        assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(np.linalg.norm(gradient), rel=0.05)
+
+
+def test_dptrain_and_the_numpy_peer_do_equal_work(work: Workload):
+    found = spawn.mpirun(2, "bench.contestants.ours", work.text(), "2", "auto")
+    peer = spawn.mpirun(2, "bench.contestants.numpy_allreduce", work.text())
+    naive = spawn.mpirun(2, "bench.contestants.numpy_allreduce", work.text(), "--naive")
+    without = spawn.mpirun(2, "bench.contestants.numpy_allreduce", work.at(momentum=0.0).text())
+    assert found["loss"] == pytest.approx(peer["loss"], rel=steps.LOSS_TOLERANCE)
+    assert naive["loss"] == pytest.approx(peer["loss"], rel=1e-3)
+    assert without["loss"] != pytest.approx(peer["loss"], rel=2 * steps.LOSS_TOLERANCE)
+    assert min(each["samples_per_second"] for each in (found, peer, naive)) > 0
+
+
+def test_dptrain_is_measured_after_the_warm_up(work: Workload):
+    lines = [
+        {"step": step, "seconds": 10.0 + step / 10 if step > 20 else 0.5 * step, "loss": step}
+        for step in range(4, 51, 4)
+    ]
+    lines.append({"step": 50, "seconds": 15.0, "loss": 50})
+    found = ours.measured(work, lines)
+    assert found["samples_per_second"] == pytest.approx(30 * work.batch / (15.0 - 10.0))
+    assert found["loss"] == pytest.approx((4 * sum(range(4, 49, 4)) + 2 * 50) / 50)
+
+
+def test_a_contestant_with_another_loss_is_flagged():
+    run = {steps.RATE: 1.0, "loss": 1.0}
+    runs = {key: Runs([run]) for key in ("dptrain", "ddp", "torch")} | {"numpy": Runs([{**run, "loss": 0.8}])}
+    figures = steps._figures(CASES["mlp-32"], runs)
+    assert {key for key, some in figures.items() if not some["same_work"]} == {"numpy"}
+    assert "other work" in steps._table(figures)
+
+
+def test_what_did_not_run_says_why():
+    def fails(repeat: int) -> spawn.Found:
+        raise NotRun("no such thing")
+
+    runs = interleaved({"numpy": fails, "dptrain": lambda repeat: {steps.RATE: 2.0 + repeat, "loss": 1.0}}, 3, "a case")
+    assert runs["numpy"].found == []
+    assert statistics.median(runs["dptrain"].values(steps.RATE)) == 3.0
+    table = steps._table(steps._figures(CASES["mlp-32"], runs))
+    assert "not run: no such thing" in table
+    assert table.count("\n") == 4
+
+
+def test_a_missing_module_is_a_reason():
+    with pytest.raises(NotRun, match=r"No module named bench\.nothing"):
+        spawn.alone("bench.nothing")
+
+
+def test_tables_and_figures_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    report.write(
+        tmp_path, "some", "Title", {"repeats": 1}, {"cases": {"a": 1}}, report.table(["", "figure"], [["a", "1"]])
+    )
+    written = json.loads((tmp_path / "some.json").read_text())
+    assert written["cases"] == {"a": 1}
+    assert written["machine"]["cores"] >= 1
+    assert "| a | 1 |" in (tmp_path / "some.md").read_text()
+    assert "| a | 1 |" in capsys.readouterr().out
