@@ -1,12 +1,14 @@
 """From a job and its prepared data to what computes: model, loss, metrics, optimizer, evaluator."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dptrain.data import cache
 from dptrain.data.dataset import Dataset, open_dataset
 from dptrain.data.encoding import Encoding
 from dptrain.errors import ModelError
@@ -18,7 +20,7 @@ from dptrain.nn.evaluate import Evaluator
 from dptrain.nn.layer import Model
 from dptrain.nn.loss import make_loss
 from dptrain.nn.metrics import make_metrics
-from dptrain.optim import make_optimizer, make_schedule
+from dptrain.optim import make_optimizer, make_schedule, worth_compiling
 from dptrain.state import Optimizer, Update
 
 
@@ -76,7 +78,11 @@ def assemble(job: Job, plan: dict[str, Any], own_model: Any = None) -> Assembly:
     loss = make_loss(job.loss, target.kind, target.classes, target.width)
     _check_outputs(job, dataset, outputs)
     sample = _sample(job, dataset.encoding, dtype)
-    optimizer = make_optimizer(job.optimizer, parameters=model.layout.parameters, compiled=job.arithmetic.compiled)
+    compiled = worth_compiling(job.arithmetic.compiled, model.layout.parameters)
+    if compiled:
+        # Beside the source, numba's own choice, there may be no place to write to.
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(cache.locate() / "numba"))
+    optimizer = make_optimizer(job.optimizer, compiled=compiled)
     return Assembly(job, dataset, model, own_digest, loss, optimizer, dtype, sample)
 
 

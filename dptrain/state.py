@@ -140,7 +140,7 @@ class Side(NamedTuple):
     new: tuple[Array, ...]
 
 
-STRETCH = 2 * BLOCK
+STRETCH = 4 * BLOCK
 """Elements that all passes go over before the next ones: they stay in a core's cache, and few calls are needed."""
 
 

@@ -65,7 +65,7 @@ def test_the_numpy_peer_differentiates(flat: bool):
 
 
 def test_dptrain_and_the_numpy_peer_do_equal_work(work: Workload):
-    found = spawn.mpirun(2, "bench.contestants.ours", work.text(), "2", "auto")
+    found = spawn.mpirun(2, "bench.contestants.ours", work.text(), "2", "auto", "auto")
     peer = spawn.mpirun(2, "bench.contestants.numpy_allreduce", work.text())
     naive = spawn.mpirun(2, "bench.contestants.numpy_allreduce", work.text(), "--naive")
     without = spawn.mpirun(2, "bench.contestants.numpy_allreduce", work.at(momentum=0.0).text())

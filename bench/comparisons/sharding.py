@@ -62,7 +62,7 @@ def _measure(options: Options, cases: Mapping[str, int], workers: int, some: tup
 
 
 def _run(work: Workload, G: int, repeat: int) -> spawn.Found:
-    arguments = (work.at(seed=repeat).text(), str(G), "auto")
+    arguments = (work.at(seed=repeat).text(), str(G), "auto", "never")
     if work.workers == 1:
         return spawn.alone("bench.contestants.ours", *arguments)
     return spawn.mpirun(work.workers, "bench.contestants.ours", *arguments)

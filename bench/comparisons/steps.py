@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from bench import machine, plot, report, spawn
@@ -34,9 +35,11 @@ class Contestant:
     several: bool = False
 
 
-def _ours(exchange: str, shards: int = 0) -> Callable[[Workload], Found]:
+def _ours(exchange: str, shards: int = 0, compiled: str = "never") -> Callable[[Workload], Found]:
     def run(work: Workload) -> Found:
-        arguments = (work.text(), str(shards or work.workers), exchange)
+        if compiled == "auto" and not find_spec("numba"):
+            raise NotRun("numba is not installed: pip install '.[compiled]'")
+        arguments = (work.text(), str(shards or work.workers), exchange, compiled)
         if work.workers == 1:
             return spawn.alone("bench.contestants.ours", *arguments)
         return spawn.mpirun(work.workers, "bench.contestants.ours", *arguments)
@@ -80,6 +83,9 @@ def _narrow(run: Callable[[Workload], Found]) -> Callable[[Workload], Found]:
 
 CONTESTANTS = {
     "dptrain": Contestant("dptrain, shards = workers", "ours", _ours("auto")),
+    "dptrain-compiled": Contestant(
+        "dptrain, shards = workers, extra `compiled`", "ours", _ours("auto", compiled="auto")
+    ),
     "dptrain-8": Contestant("dptrain, 8 shards", "ours", _ours("auto", 8)),
     "dptrain-segments": Contestant("dptrain, shards = workers, messages", "ours", _ours("segments"), several=True),
     "dptrain-allreduce": Contestant("dptrain, `allreduce`", "ours", _ours("allreduce"), several=True),
@@ -113,6 +119,11 @@ def main(options: Options) -> None:
                 content[f"{name}, workers={workers}"] = figures = _figures(work, runs)
                 tables.append(f"{work.title}\n\n{_table(figures)}")
                 panels[work.title] = _bars(figures)
+                _write(options, content, tables, panels)
+
+
+def _write(options: Options, content: dict[str, Any], tables: list[str], panels: dict[str, Any]) -> None:
+    """After every case, so that a run that is stopped leaves what it measured."""
     title = (
         "Whole training steps, data gathering and loss included: medians of "
         f"{options.repeats} interleaved repetitions (lowest to highest)"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.contestants.ours import run
+from bench.contestants.ours import job, run
 from bench.workload import Workload
 from dptrain.launch import announced
 from dptrain.watch import Unwatched
@@ -57,7 +57,7 @@ def memory(process: int) -> dict[str, int]:
 def main(work: Workload, shards: int, exchange: str) -> None:
     """Train and print what every worker held."""
     observer = Footprint(work.total_steps // 2)
-    run(work, shards, exchange, observer)
+    run(job(work, shards, exchange), observer)
     print(json.dumps({"workers": observer.workers}), flush=True)
 
 

@@ -26,7 +26,7 @@ class Lines(Unwatched):
         self.lines.append(line)
 
 
-def job(work: Workload, shards: int, exchange: str) -> Job:
+def job(work: Workload, shards: int, exchange: str, compiled: str = "never") -> Job:
     """The workload as a job of ``shards`` shards."""
     layers = [
         {**layer, "init": "uniform"} if layer["type"] in ("linear", "conv2d") else dict(layer)
@@ -39,22 +39,23 @@ def job(work: Workload, shards: int, exchange: str) -> Job:
         "optimizer": {"lr": work.lr, "momentum": work.momentum},
         "train": {"batch_size": work.batch, "shards": shards, "steps": work.total_steps},
         "exchange": {"type": exchange},
+        "arithmetic": {"compiled": compiled},
         "output": {"checkpoint_seconds": 0.0},
     }
     return complete(check(content, work.model))
 
 
-def run(work: Workload, shards: int, exchange: str, observer: Observer) -> None:
+def run(it: Job, observer: Observer) -> None:
     """Train with all workers of this launch; only rank 0 comes back, the others leave."""
     place = announced(os.environ)
     if place.rank and not place.alone:
         sys.exit(follow(place))
     with tempfile.TemporaryDirectory() as folder:
         if place.alone:
-            alone(job(work, shards, exchange), run_dir=f"{folder}/run", observer=observer)
+            alone(it, run_dir=f"{folder}/run", observer=observer)
         else:
             with lead(place) as leader:
-                leader.train(job(work, shards, exchange), run_dir=f"{folder}/run", observer=observer)
+                leader.train(it, run_dir=f"{folder}/run", observer=observer)
 
 
 def measured(work: Workload, lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -74,12 +75,12 @@ def measured(work: Workload, lines: Sequence[Mapping[str, Any]]) -> dict[str, fl
     }
 
 
-def main(work: Workload, shards: int, exchange: str) -> None:
+def main(work: Workload, shards: int, exchange: str, compiled: str) -> None:
     """Train and print what it came to."""
     observer = Lines()
-    run(work, shards, exchange, observer)
+    run(job(work, shards, exchange, compiled), observer)
     print(json.dumps(measured(work, observer.lines)), flush=True)
 
 
 if __name__ == "__main__":
-    main(Workload.parse(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(Workload.parse(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

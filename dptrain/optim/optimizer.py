@@ -158,14 +158,18 @@ COMPILED_FROM = 1 << 17
 """Parameters from which compiled updates are worth the time that loading numba takes."""
 
 
-def make_optimizer(settings: spec.Optimizer, *, parameters: int = 0, compiled: str = "never") -> Optimizer:
-    """The job's optimizer, without its schedule and clipping.
+def worth_compiling(wanted: str, parameters: int) -> bool:
+    """Whether updates will be compiled by numba: ``wanted`` is "auto", it is installed, the model large enough."""
+    found = importlib.util.find_spec("numba") if wanted == "auto" and parameters >= COMPILED_FROM else None
+    # Any folder of that name can be found, but has no origin.
+    return found is not None and found.origin is not None
 
-    ``compiled`` "auto": by numba, if it is installed and the model large enough to gain by it. The bits are the same.
-    """
+
+def make_optimizer(settings: spec.Optimizer, *, compiled: bool = False) -> Optimizer:
+    """The job's optimizer, without its schedule and clipping; ``compiled`` by numba, the bits are the same."""
     sgd: type[SGD] = SGD
     adam: type[Adam] = Adam
-    if compiled == "auto" and parameters >= COMPILED_FROM and importlib.util.find_spec("numba"):
+    if compiled:
         from dptrain.optim.compiled import CompiledAdam, CompiledSGD
 
         sgd, adam = CompiledSGD, CompiledAdam

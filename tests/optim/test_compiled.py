@@ -1,15 +1,18 @@
 """The compiled updates give the bits of numpy's; only where numba is installed, as in CI's environment for it."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dptrain.job import spec
-from dptrain.optim import make_optimizer
+from dptrain.optim import make_optimizer, worth_compiling
 from dptrain.optim.optimizer import COMPILED_FROM, Optimizer
 from dptrain.random import Purpose, stream
+from dptrain.training import run
+from tests.exchange.jobs import job
 
 pytest.importorskip("numba", reason="the extra `compiled` is not installed")
 
@@ -33,7 +36,7 @@ def updated(optimizer: Optimizer, numbers: Any, steps: int) -> bytes:
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_the_bits_are_those_of_numpy(settings: dict[str, Any], dtype: type) -> None:
     config = spec.Optimizer(**settings)
-    compiled = make_optimizer(config, parameters=COMPILED_FROM, compiled="auto")
+    compiled = make_optimizer(config, compiled=True)
     plain = make_optimizer(config)
     assert type(compiled) is not type(plain)
     rng = stream(7, Purpose.PROBE)
@@ -47,6 +50,15 @@ def test_the_bits_are_those_of_numpy(settings: dict[str, Any], dtype: type) -> N
 
 
 def test_a_small_model_is_not_worth_loading_numba() -> None:
-    assert type(make_optimizer(spec.Optimizer(), parameters=1000, compiled="auto")) is type(
-        make_optimizer(spec.Optimizer())
-    )
+    assert worth_compiling("auto", COMPILED_FROM)
+    assert not worth_compiling("auto", COMPILED_FROM - 1)
+    assert not worth_compiling("never", COMPILED_FROM)
+
+
+def test_a_whole_run_has_the_same_weights(tmp_path: Path) -> None:
+    results = {
+        compiled: run(job("mlp", 4, arithmetic={"compiled": compiled}), run_dir=tmp_path / compiled)
+        for compiled in ("auto", "never")
+    }
+    assert results["auto"].weights_sha256 == results["never"].weights_sha256
+    assert results["auto"].job_sha256 == results["never"].job_sha256
