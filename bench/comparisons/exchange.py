@@ -7,7 +7,7 @@ from bench.interleave import spread
 from bench.options import Options
 from bench.spawn import NotRun
 
-SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 30_000_000)
+SIZES = (1_000, 10_000, 100_000, 1_000_000, 6_000_000, 30_000_000)
 WORKERS = 2
 ELEMENTS = 30_000_000
 """That go through each way in one round, where a thousand times are enough for less."""

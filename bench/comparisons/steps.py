@@ -86,7 +86,7 @@ CONTESTANTS = {
     "dptrain-compiled": Contestant(
         "dptrain, shards = workers, extra `compiled`", "ours", _ours("auto", compiled="auto")
     ),
-    "dptrain-8": Contestant("dptrain, 8 shards", "ours", _ours("auto", 8)),
+    "dptrain-8": Contestant("dptrain, 8 shards", "ours", _ours("auto", 8), several=True),
     "dptrain-segments": Contestant("dptrain, shards = workers, messages", "ours", _ours("segments"), several=True),
     "dptrain-allreduce": Contestant("dptrain, `allreduce`", "ours", _ours("allreduce"), several=True),
     "ddp": Contestant("PyTorch DDP, gloo, float32", "other", _ddp(), several=True),

@@ -16,6 +16,7 @@ from dptrain.exchange.verdict import Report
 from dptrain.job.load import check, complete
 from dptrain.job.spec import Job
 from dptrain.nn.accumulate import Partials
+from dptrain.optim import worth_compiling
 from dptrain.parts import Parts
 from dptrain.state import State
 
@@ -40,14 +41,15 @@ class Vector:
         return logits, lambda dy: {"w": np.full(self.n, dy.sum(), dy.dtype)}
 
 
-def job(shards: int, kind: str) -> Job:
-    """A job whose exchange is the one wanted."""
+def job(shards: int, kind: str, compiled: str) -> Job:
+    """A job whose exchange is the one wanted, with numpy's updates or (where numba is installed) compiled ones."""
     content = {
         "data": {"validation": 0.0, "test": 0.0},
         "model": {"python": "given:directly"},
         "optimizer": {"lr": LR, "momentum": MOMENTUM},
         "train": {"batch_size": shards, "shards": shards, "steps": 1},
         "exchange": {"type": kind},
+        "arithmetic": {"compiled": compiled},
     }
     return complete(check(content, "exchange"))
 
@@ -55,8 +57,8 @@ def job(shards: int, kind: str) -> Job:
 class Ours:
     """An exchange of dptrain, as a run has it, and the state that it leads on."""
 
-    def __init__(self, kind: str, n: int, comm: Any) -> None:
-        parts = Parts(job(comm.size, kind), Vector(n), comm)
+    def __init__(self, kind: str, compiled: str, n: int, comm: Any) -> None:
+        parts = Parts(job(comm.size, kind, compiled), Vector(n), comm)
         parts.reader.close()
         exchange: Exchange = parts.exchange
         self.exchange = exchange
@@ -115,7 +117,12 @@ class Plain:
         self.weights -= self.scratch
 
 
-OURS = {"dptrain node": "node", "dptrain segments": "segments", "dptrain allreduce": "allreduce"}
+OURS = {
+    "dptrain node": ("node", "never"),
+    "dptrain node, extra `compiled`": ("node", "auto"),
+    "dptrain segments": ("segments", "never"),
+    "dptrain allreduce": ("allreduce", "never"),
+}
 PLAIN = {"Allreduce + update": False, "Reduce + update + Bcast": True}
 
 
@@ -125,7 +132,9 @@ def main(n: int, repeats: int, elements: int) -> None:
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
-    ways: dict[str, Ours | Plain] = {name: Ours(kind, n, comm) for name, kind in OURS.items()}
+    ways: dict[str, Ours | Plain] = {
+        name: Ours(*kind, n, comm) for name, kind in OURS.items() if kind[1] == "never" or worth_compiling("auto", n)
+    }
     ways |= {name: Plain(n, world, at_root=at_root) for name, at_root in PLAIN.items()}
     gradient = np.random.default_rng(comm.rank).standard_normal(n, dtype=np.float32)
     differences = [_differences(ways, gradient)]

@@ -1,5 +1,6 @@
 """The encoding: fitted on the training rows once, plain data in the run, used again on whatever comes later."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -59,7 +60,8 @@ class Affine:
             return
         if out.flags.c_contiguous and raw.flags.c_contiguous:
             # The constants of a sample's last axis, repeated for a row of some length: numpy is fast on long runs only.
-            raw, out = raw.reshape(len(raw), -1), out.reshape(len(out), -1)
+            flat = (len(out), math.prod(out.shape[1:]))
+            raw, out = raw.reshape(flat), out.reshape(flat)
         width = 1 if len(self.shift) == len(self.scale) == 1 else out.shape[-1]
         dtype, shift, scale = self.constants(raw.dtype, out.dtype, width)
         if dtype == out.dtype and raw.dtype != dtype:
