@@ -21,6 +21,16 @@ def write(
     print(text, flush=True)
 
 
+def kept(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The cases of NAME.json, if they were measured on this machine and with these settings; else none."""
+    try:
+        before = json.loads((folder / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    same = before.get("machine") == machine.describe() and before.get("settings") == dict(settings)
+    return dict(before["cases"]) if same else {}
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown: words to the left, figures to the right."""
     marks = ["---"] + ["---:"] * (len(heads) - 1)

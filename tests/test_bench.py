@@ -120,3 +120,13 @@ def test_tables_and_figures_are_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert written["machine"]["cores"] >= 1
     assert "| a | 1 |" in (tmp_path / "some.md").read_text()
     assert "| a | 1 |" in capsys.readouterr().out
+
+
+def test_cases_measured_before_stay_only_beside_their_like(tmp_path: Path) -> None:
+    report.write(tmp_path, "some", "Title", {"repeats": 5}, {"cases": {"a": 1}}, "")
+    assert report.kept(tmp_path, "some", {"repeats": 5}) == {"a": 1}
+    assert report.kept(tmp_path, "some", {"repeats": 1}) == {}
+    assert report.kept(tmp_path, "other", {"repeats": 5}) == {}
+    path = tmp_path / "some.json"
+    path.write_text(path.read_text().replace('"cores": ', '"cores": 1'))
+    assert report.kept(tmp_path, "some", {"repeats": 5}) == {}

@@ -108,28 +108,28 @@ PRODUCTS = "limit: products alone, numpy's BLAS"
 
 
 def main(options: Options) -> None:
-    """Run the cases and leave steps.json, steps.md and steps.png."""
-    content: dict[str, Any] = {}
-    tables, panels = [], {}
+    """Run the cases and leave steps.json, steps.md and steps.png; cases measured before on this machine stay there."""
+    settings = {"repeats": options.repeats, "quick": options.quick}
+    content = report.kept(options.results, "steps", settings)
     with data_folder() as folder:
         for name in options.cases or tuple(CASES):
             for workers in options.workers:
                 work = options.case(name, folder).at(workers=workers)
-                runs = _measure(work, options)
-                content[f"{name}, workers={workers}"] = figures = _figures(work, runs)
-                tables.append(f"{work.title}\n\n{_table(figures)}")
-                panels[work.title] = _bars(figures)
-                _write(options, content, tables, panels)
+                content[work.title] = _figures(work, _measure(work, options))
+                # After every case, so that a run that is stopped leaves what it measured.
+                _write(options, settings, content)
 
 
-def _write(options: Options, content: dict[str, Any], tables: list[str], panels: dict[str, Any]) -> None:
-    """After every case, so that a run that is stopped leaves what it measured."""
+def _write(options: Options, settings: dict[str, Any], content: dict[str, Any]) -> None:
     title = (
         "Whole training steps, data gathering and loss included: medians of "
         f"{options.repeats} interleaved repetitions (lowest to highest)"
     )
-    report.write(options.results, "steps", title, {"repeats": options.repeats}, {"cases": content}, "\n".join(tables))
-    plot.bars(options.results / "steps.png", panels, "samples a second")
+    tables = "\n".join(f"{case}\n\n{_table(figures)}" for case, figures in content.items())
+    report.write(options.results, "steps", title, settings, {"cases": content}, tables)
+    plot.bars(
+        options.results / "steps.png", {case: _bars(figures) for case, figures in content.items()}, "samples a second"
+    )
 
 
 def _measure(work: Workload, options: Options) -> dict[str, Runs]:
