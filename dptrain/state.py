@@ -147,13 +147,13 @@ STRETCH = 4 * BLOCK
 class _Stretch(NamedTuple):
     """Some elements, parameters or buffers, with the additions that finish their sum.
 
-    ``momentum`` is None for parameters.
+    ``momentum`` is None for parameters; for buffers the shares of the new value and of the old.
     """
 
     pairs: tuple[Pair, ...]
     gradient: Array
     sides: tuple[Side, Side]
-    momentum: npt.NDArray[np.float64] | None
+    momentum: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None
 
 
 class Segment:
@@ -176,7 +176,7 @@ class Segment:
                     tuple((left[part], right[part]) for left, right in pairs),
                     total[part],
                     (sides[0], sides[1]),
-                    momentum[start - layout.parameters : stop - layout.parameters] if buffers else None,
+                    _shares(momentum[start - layout.parameters : stop - layout.parameters]) if buffers else None,
                 )
             )
         self._total = total
@@ -231,14 +231,20 @@ class Segment:
                 one_stretch(w, gradient, old, new_w, new, rates, t, u)
             else:
                 mean, kept = self._wide[0, :n], self._wide[1, :n]
+                share, rest = momentum
                 mean[:] = gradient
                 np.divide(mean, rows, out=mean)
-                np.multiply(mean, momentum, out=mean)
-                np.subtract(1, momentum, out=kept)
-                np.multiply(w, kept, out=kept)
+                np.multiply(mean, share, out=mean)
+                # Cast by a copy: a product of two types would take memory for it.
+                kept[:] = w
+                np.multiply(kept, rest, out=kept)
                 np.add(kept, mean, out=kept)
                 new_w[:] = kept
         return good
+
+
+def _shares(momentum: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    return momentum, 1 - momentum
 
 
 def _between(store: Store, side: int, part: slice, slots: bool) -> Side:

@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -122,3 +123,24 @@ def test_buffers_move_by_their_momentum_towards_the_mean() -> None:
     sums = LAYOUT.views(gradient)
     for name, momentum in (("mean", 0.1), ("variance", 0.5)):
         np.testing.assert_allclose(new[name], (1 - momentum) * old[name] + momentum * sums[name] / 4, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_step_allocates_no_arrays(kind: str) -> None:
+    made = update(type=kind, weight_decay=0.01)
+    state, store, gradient = start(made)
+    other = gradient.copy()
+    it = made.segment(store, 0, LAYOUT.size, gradient, [(gradient, other)])
+    advance(it, state, add=True)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        advance(it, state, add=True)
+        peak = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.reset_peak()
+        gradient.copy()
+        control = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert peak < 8192 < control
