@@ -35,9 +35,10 @@ def main(options: Options) -> None:
     ran = {int(n): found for n, found in content.items() if "milliseconds" in found}
     lines = []
     for name in names:
-        some = [found["milliseconds"][name] for found in ran.values()]
-        median, lowest, highest = ([each[what] for each in some] for what in ("median", "lowest", "highest"))
-        lines.append(plot.Line(name, list(ran), median, lowest, highest))
+        # Compiled updates are for large vectors only.
+        some = {n: found["milliseconds"][name] for n, found in ran.items() if name in found["milliseconds"]}
+        median, lowest, highest = ([each[what] for each in some.values()] for what in ("median", "lowest", "highest"))
+        lines.append(plot.Line(name, list(some), median, lowest, highest))
     lines.append(plot.Line(BOUND, list(ran), [found["bound_milliseconds"] for found in ran.values()], dashed=True))
     plot.lines(options.results / "exchange.png", {title.split(":")[0]: lines}, "parameters", "milliseconds", log="xy")
 
@@ -65,6 +66,9 @@ def _row(n: int, found: dict[str, Any], names: list[str]) -> list[str]:
     cells = [f"{n:,}"]
     bound = found["bound_milliseconds"]
     for name in names:
+        if name not in found["milliseconds"]:
+            cells.append("")
+            continue
         median = found["milliseconds"][name]["median"]
         wrong = "" if found["same_weights"][name] else " **other weights**"
         cells.append(f"{median:.4g} ({median / bound:.1f}){wrong}")
