@@ -20,8 +20,8 @@ from dptrain.nn.evaluate import Evaluator
 from dptrain.nn.layer import Model
 from dptrain.nn.loss import make_loss
 from dptrain.nn.metrics import make_metrics
-from dptrain.optim import make_optimizer, make_schedule, worth_compiling
-from dptrain.state import Optimizer, Update
+from dptrain.optim import Optimizer, make_optimizer, make_schedule, worth_compiling
+from dptrain.state import Update
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ back become the front. Until then the old state is whole.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from dptrain.layout import BLOCK, Array, Layout
+from dptrain.optim import Optimizer, Schedule
 
 
 @dataclass(frozen=True)
@@ -76,35 +77,6 @@ def _sides(weights: Array, slots: Array) -> list[tuple[Array, tuple[Array, ...]]
     return [(vector, tuple(some)) for vector, some in zip(weights, slots, strict=True)]
 
 
-class Optimizer(Protocol):
-    """Updates parameters element by element."""
-
-    slots: tuple[str, ...]
-
-    def rates(self, scale: float, lr: float, count: int) -> tuple[float, ...]:
-        """The numbers of update ``count`` (from 1) that all elements share; gradient * scale is the mean."""
-
-    def stretch(
-        self,
-        w: Array,
-        g: Array,
-        old: Sequence[Array],
-        new_w: Array,
-        new: Sequence[Array],
-        rates: tuple[float, ...],
-        t: Array,
-        u: Array,
-    ) -> None:
-        """Read the old weights, gradient and slots, write the new; t and u are scratch of the same length."""
-
-
-class LearningRate(Protocol):
-    """A schedule."""
-
-    def at(self, count: int) -> float:
-        """The rate of update number ``count``, from 1."""
-
-
 Pair = tuple[Array, Array]
 """An addition in place: the second into the first."""
 
@@ -112,7 +84,7 @@ Pair = tuple[Array, Array]
 class Update:
     """The way from a finished gradient sum to the next state. ``clip_norm`` 0 means no clipping."""
 
-    def __init__(self, layout: Layout, optimizer: Optimizer, schedule: LearningRate, clip_norm: float) -> None:
+    def __init__(self, layout: Layout, optimizer: Optimizer, schedule: Schedule, clip_norm: float) -> None:
         self.layout = layout
         self.optimizer = optimizer
         self.schedule = schedule

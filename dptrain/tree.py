@@ -5,10 +5,8 @@ range(G) is what a binary counter builds when the shards come in order: equal ne
 merged from the right at the end. Floating-point addition depends on the order; this order depends on G alone.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, TypeVar
-
-T = TypeVar("T")
+from collections.abc import Iterable
+from typing import NamedTuple
 
 
 class Node(NamedTuple):
@@ -95,11 +93,3 @@ def additions(have: Iterable[Node], goal: Node) -> list[Add]:
     if found != [goal]:
         raise ValueError(f"{[tuple(node) for node in found]} do not cover {tuple(goal)}")
     return plan
-
-
-def finish(values: Mapping[Node, T], goal: Node, add: Callable[[T, T], T]) -> T:
-    """The value of ``goal`` from the values of nodes that cover it, added in the canonical order."""
-    have = dict(values)
-    for parent, left, right in additions(values, goal):
-        have[parent] = add(have[left], have[right])
-    return have[goal]

@@ -1,7 +1,8 @@
 import pytest
 
 from dptrain.membership import Membership
-from dptrain.tree import Node, finish
+from dptrain.tree import Node
+from tests.sums import finish
 
 
 @pytest.mark.parametrize("shards", range(1, 14))

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptrain.tree import Node, additions, finish, subtrees
+from dptrain.tree import Node, additions, subtrees
+from tests.sums import finish
 
 
 def counter(values):

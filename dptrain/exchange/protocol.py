@@ -71,7 +71,8 @@ class Exchange(ABC):
     def swap(self, state: State, partials: Partials, report: Report) -> tuple[State, Verdict]:
         """The next state and the verdict on the step.
 
-        The state is unchanged when the verdict is not finite, but for ``step``. Raises PeerFailed on all workers
+        What the outbox held is used up: every step writes it anew. The state is unchanged when the verdict is not
+        finite, but for ``step``. Raises PeerFailed on all workers
         when any of them reports a failure, and DeadlineError when one keeps the others waiting.
         """
         row = self.ballot.row(report._replace(wait=self.waited), partials.tallies)

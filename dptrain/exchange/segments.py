@@ -97,7 +97,6 @@ class _Carried(NamedTuple):
     """A segment of another machine's: what is sent for it, and the way its finished sum takes here."""
 
     sends: list[Message]
-    pairs: list[Pair]
     sum: Message
     segment: Segment
 
@@ -181,7 +180,7 @@ class Segments(Exchange):
         sends = [Message(owner, values[root], i + 1) for i, root in enumerate(roots)]
         # What was sent has left its place before a sum comes, and nobody else touches this range of the outbox.
         total = self.outbox[0, lo:hi]
-        return _Carried(sends, pairs, Message(owner, total, SUM), self.update.segment(self.store, lo, hi, total))
+        return _Carried(sends, Message(owner, total, SUM), self.update.segment(self.store, lo, hi, total, pairs))
 
     def squares_of_workers(self) -> Sequence[int]:
         """The blocks of each coordinator's segment."""
@@ -193,7 +192,7 @@ class Segments(Exchange):
             return
         posted: list[Posted] = [self.communicator.post([], self._receives, "partials")]
         for carried in self._carried:
-            _add(carried.pairs)
+            carried.segment.add()
             posted.append(self.communicator.post(carried.sends, [], "partials"))
         self._wait(posted, "partials")
 
@@ -241,14 +240,3 @@ def _in_place(values: dict[Node, Array], plan: Sequence[Add], goal: Node | None)
         values[parent] = values[left]
         pairs.append((values[left], values[right]))
     return pairs, values[goal] if goal is not None else np.zeros(0)
-
-
-def _add(pairs: Iterable[Pair]) -> None:
-    """A block at a time, so that every addition after the first finds its operands in the cache."""
-    pairs = list(pairs)
-    if not pairs:
-        return
-    for start in range(0, len(pairs[0][0]), BLOCK):
-        part = slice(start, start + BLOCK)
-        for left, right in pairs:
-            np.add(left[part], right[part], out=left[part])

@@ -14,7 +14,8 @@ from dptrain.nn import accumulate
 from dptrain.nn.accumulate import Accumulator, Schedule, schedule
 from dptrain.nn.chain import build_chain
 from dptrain.nn.loss import make_loss
-from dptrain.tree import Node, finish, subtrees
+from dptrain.tree import Node, subtrees
+from tests.sums import finish
 
 Tree = Any
 """A shard's number, or a pair: the order in which a sum was made."""
