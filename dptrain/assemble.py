@@ -11,7 +11,7 @@ import numpy as np
 from dptrain.data import cache
 from dptrain.data.dataset import Dataset, open_dataset
 from dptrain.data.encoding import Encoding
-from dptrain.errors import ModelError
+from dptrain.errors import JobError, ModelError
 from dptrain.fingerprint import Sample
 from dptrain.job.spec import Job
 from dptrain.nn.accumulate import Accumulator, Loss
@@ -20,6 +20,7 @@ from dptrain.nn.evaluate import Evaluator
 from dptrain.nn.layer import Model
 from dptrain.nn.loss import make_loss
 from dptrain.nn.metrics import make_metrics
+from dptrain.nn.products import maker
 from dptrain.optim import Optimizer, make_optimizer, make_schedule, worth_compiling
 from dptrain.state import Update
 
@@ -91,7 +92,14 @@ def build_model(
 ) -> tuple[Model, str]:
     """The job's model for samples of a shape, and the digest of its source where it is the user's own."""
     if own_model is None and not job.model.python:
-        return build_chain(job.model.layers, sample_shape, dtype), ""
+        return build_chain(job.model.layers, sample_shape, dtype, maker(job.arithmetic)), ""
+    if job.arithmetic.products != "numpy":
+        raise JobError(
+            f'arithmetic.products = "{job.arithmetic.products}"',
+            expected="a model of layers, whose products dptrain makes",
+            found="a model of your own, which makes its own",
+            cure="leave the key out",
+        )
     from dptrain.nn.own import Own, digest_of, load_python
 
     if own_model is not None:

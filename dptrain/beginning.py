@@ -24,12 +24,13 @@ def directory(job: Job, wanted: Path | None, *, resume: bool) -> Path:
 
 def echo(path: Path, job: Job, encoding: Mapping[str, Any]) -> None:
     """Write down with what the run is made: the resolved job, the data's encoding, a Python model's source."""
+    checkpoint.clean(path)
+    checkpoint.clean(path / rundir.CHECKPOINTS)
     rundir.write_text(path / rundir.JOB, to_toml(_absolute(job)))
     rundir.write_json(path / rundir.ENCODING, encoding)
     if job.model.python:
         source = Path(job.directory) / job.model.python.rpartition(":")[0]
         rundir.write_text(path / rundir.MODEL_SOURCE, rundir.read_text(source))
-    checkpoint.clean(path / rundir.CHECKPOINTS)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,22 @@
 """Snapshots on disk: whole or not there, checked by checksums, in a layout that knows no number of workers.
 
 A generation is a directory ``step-<n>`` with ``state.safetensors`` and ``manifest.json``. It is written under another
-name, flushed to the disk, read back, and renamed; several generations stay. The tensors lie in the file exactly as in
-the flat vectors, so the file is a header and the snapshot's own bytes, and is read without copying (the format is
+name, flushed to the disk, read back from it, and renamed; several generations stay. The tensors lie in the file exactly
+as in the flat vectors, so the file is a header and the snapshot's own bytes, and is read without copying (the format is
 safetensors', so other programs read it too; there is no pickle).
+
+Every byte is hashed once: the manifest holds a checksum of each tensor, one of the file's header with all of those, and
+one of itself.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +27,13 @@ from dptrain.errors import CheckpointError, DptrainError, StorageError
 from dptrain.layout import Array, Layout, digest
 from dptrain.state import Judgement, State
 
-FORMAT = 1
+FORMAT = 2
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 _DTYPES = {"float32": "F32", "float64": "F64"}
 _ASIDE = ".old"
+_UNFINISHED = ".writing-"
+_CHUNK = 1 << 18
+"""Bytes that are read back at once: they stay in a core's cache until they are compared."""
 
 
 @dataclass
@@ -37,12 +44,26 @@ class Snapshot:
     manifest: dict[str, Any]
 
     @classmethod
-    def of(cls, state: State, best: Array | None, slot_names: tuple[str, ...], facts: Mapping[str, Any]) -> "Snapshot":
-        """Copy ``state``; the only thing that a checkpoint makes the steps wait for."""
-        groups = {"weights": state.weights.copy()}
-        groups.update((name, slot.copy()) for name, slot in zip(slot_names, state.slots, strict=True))
+    def of(
+        cls,
+        state: State,
+        best: Array | None,
+        slot_names: tuple[str, ...],
+        facts: Mapping[str, Any],
+        memory: dict[str, Array] | None = None,
+    ) -> "Snapshot":
+        """Copy ``state``; the only thing that a checkpoint makes the steps wait for.
+
+        ``memory`` holds vectors by group name that are written over; what it lacks is added to it.
+        """
+        memory = {} if memory is None else memory
+        vectors = {"weights": state.weights, **dict(zip(slot_names, state.slots, strict=True))}
         if best is not None:
-            groups["best"] = best.copy()
+            vectors["best"] = best
+        for name, vector in vectors.items():
+            if name not in memory:
+                memory[name] = np.empty_like(vector)
+            np.copyto(memory[name], vector)
         manifest = {
             "format": FORMAT,
             "step": state.step,
@@ -50,34 +71,20 @@ class Snapshot:
             "judgement": asdict(state.judgement),
             **facts,
         }
-        return cls(groups, manifest)
+        return cls({name: memory[name] for name in vectors}, manifest)
 
 
 def save(folder: Path, snapshot: Snapshot, layout: Layout) -> Path:
     """Write one generation; after it returns the snapshot survives a crash of the machine. Raises StorageError."""
     name = f"step-{snapshot.manifest['step']:010d}"
-    writing = folder / f".writing-{name}-{os.getpid()}"
+    writing = _unfinished(folder / name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(writing, ignore_errors=True)
+        _make(folder)
         writing.mkdir()
-        checksum = _write_tensors(writing / STATE, snapshot.groups, layout)
-        manifest = {
-            **snapshot.manifest,
-            "layout": layout.describe(),
-            "groups": list(snapshot.groups),
-            "weights_sha256": digest(snapshot.groups["weights"]),
-            "sha256": checksum,
-            "tensors": {
-                f"{group}/{tensor}": digest(view)
-                for group, vector in snapshot.groups.items()
-                for tensor, view in _tensors(vector, layout).items()
-            },
-        }
-        manifest["manifest_sha256"] = _sha256_of_json(manifest)
-        write_durably(writing / MANIFEST, json.dumps(manifest, indent=1).encode())
-        if _sha256_of_file(writing / STATE) != checksum:
-            raise OSError(f"{STATE} reads back differently from what was written")
+        head = _header(snapshot.groups, layout)
+        _write(writing / STATE, [head, *snapshot.groups.values()])
+        _write(writing / MANIFEST, [json.dumps(_manifest(snapshot, layout, head), indent=1).encode()])
+        flush_folder(writing)
         target, aside = folder / name, folder / f"{name}{_ASIDE}"
         if target.exists():
             # Under this name it is still a generation, should the next rename never come.
@@ -97,10 +104,32 @@ def save(folder: Path, snapshot: Snapshot, layout: Layout) -> Path:
     return target
 
 
+def _manifest(snapshot: Snapshot, layout: Layout, head: bytes) -> dict[str, Any]:
+    tensors = {
+        f"{group}/{name}": digest(view)
+        for group, vector in snapshot.groups.items()
+        for name, view in _tensors(vector, layout).items()
+    }
+    manifest = {
+        **snapshot.manifest,
+        "layout": layout.describe(),
+        "groups": list(snapshot.groups),
+        "header_bytes": len(head),
+        "tensors": tensors,
+        "sha256": _sha256_of_all(head, tensors),
+    }
+    manifest["manifest_sha256"] = _sha256_of_json(manifest)
+    return manifest
+
+
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest ``keep`` generations."""
     for old in generations(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        # Half removed under its own name it would be a broken generation.
+        removing = _unfinished(old)
+        with contextlib.suppress(OSError):
+            old.rename(removing)
+            shutil.rmtree(removing, ignore_errors=True)
 
 
 def generations(folder: Path) -> list[Path]:
@@ -112,12 +141,26 @@ def generations(folder: Path) -> list[Path]:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a writer that died left unfinished."""
-    if folder.is_dir():
-        for entry in folder.iterdir():
-            replaced = entry.name.endswith(_ASIDE) and entry.with_suffix("").exists()
-            if entry.name.startswith(".writing-") or replaced:
-                shutil.rmtree(entry, ignore_errors=True)
+    """Remove what a writer that died left unfinished in a folder of checkpoints, or of a run.
+
+    A generation that was to be replaced, and was not, gets its name back. No other may be writing there: what it has
+    not finished is lost.
+    """
+    if not folder.is_dir():
+        return
+    for entry in list(folder.iterdir()):
+        if entry.name.endswith(_ASIDE) and entry.is_dir():
+            with contextlib.suppress(OSError):
+                if entry.with_suffix("").exists():
+                    shutil.rmtree(entry)
+                else:
+                    entry.rename(entry.with_suffix(""))
+        elif entry.name.startswith(_UNFINISHED):
+            with contextlib.suppress(OSError):
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
 
 
 def read(generation: Path, layout: Layout | None = None) -> Snapshot:
@@ -129,15 +172,23 @@ def read(generation: Path, layout: Layout | None = None) -> Snapshot:
         content = np.fromfile(generation / STATE, np.uint8)
     except OSError as error:
         raise _broken(generation, f"a readable {STATE}", error.strerror or str(error)) from None
-    if "sha256:" + hashlib.sha256(content.data).hexdigest() != manifest["sha256"]:
-        raise _broken(generation, f"{STATE} with the manifest's checksum", "another")
-    return Snapshot(_groups(content, manifest["groups"]), manifest)
+    start, tensors = manifest["header_bytes"], manifest["tensors"]
+    head = content[:start].tobytes()
+    if _sha256_of_all(head, tensors) != manifest["sha256"]:
+        raise _broken(generation, f"{STATE} with a header of the manifest's checksum", "another")
+    header = json.loads(head[8:])
+    ends = {name: header[name]["data_offsets"] for name in tensors}
+    length = start + max((stop for _, stop in ends.values()), default=0)
+    if len(content) != length:
+        raise _broken(generation, f"{length} bytes in {STATE}", f"{len(content)}")
+    for name, (lo, hi) in ends.items():
+        if digest(content[start + lo : start + hi]) != tensors[name]:
+            raise _broken(generation, f"tensor {name} in {STATE} with the manifest's checksum", "another")
+    return Snapshot(_groups(content, start, header, manifest["groups"]), manifest)
 
 
-def _groups(content: Array, names: Iterable[str]) -> dict[str, Array]:
+def _groups(content: Array, start: int, header: Mapping[str, Any], names: Iterable[str]) -> dict[str, Array]:
     """The vectors of a whole file of ours, as views into its bytes."""
-    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8:start].tobytes())
     dtypes = {letters: name for name, letters in _DTYPES.items()}
     groups: dict[str, Array] = {}
     for group in names:
@@ -221,12 +272,18 @@ class Writer:
         self.folder, self.layout, self.keep = folder, layout, keep
         self.failed: DptrainError | None = None
         self.written = -1
+        self._memory: dict[str, Array] = {}
         self._thread: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
         """Whether a snapshot is being written."""
         return self._thread is not None and self._thread.is_alive()
+
+    def memory(self) -> dict[str, Array]:
+        """Room for the next snapshot, the same each time; waits until the one before is written."""
+        self.wait()
+        return self._memory
 
     def start(self, snapshot: Snapshot) -> None:
         """Begin to write; waits for the one before."""
@@ -263,17 +320,7 @@ class Writer:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Create or replace a file; after it returns the content survives a crash of the machine. Raises OSError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        flush_folder(path.parent)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    _replace(path, [content])
 
 
 def flush_folder(folder: Path) -> None:
@@ -287,25 +334,82 @@ def flush_folder(folder: Path) -> None:
 
 def export(path: Path, weights: Array, layout: Layout) -> None:
     """A safetensors file of a model's tensors by their plain names, for other programs. Raises StorageError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        _write_tensors(part, {"": weights}, layout)
-        part.replace(path)
-        flush_folder(path.parent)
+        _replace(path, [_header({"": weights}, layout), weights])
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise StorageError(
             str(path), expected="to be written", found=error.strerror or str(error), cure="make room, then --resume"
         ) from None
 
 
-def _write_tensors(path: Path, groups: Mapping[str, Array], layout: Layout) -> str:
+def _unfinished(path: Path) -> Path:
+    """A name beside ``path`` that nobody had before.
+
+    After a failed fsync the system takes what it could not write for written: that file must not be tried again.
+    """
+    return path.with_name(f"{_UNFINISHED}{path.name}-{secrets.token_hex(4)}")
+
+
+def _make(folder: Path) -> None:
+    """Create a folder that survives a crash of the machine, unless it is there already."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        # The run's own folder may be as new.
+        for above in list(folder.parents)[:2]:
+            with contextlib.suppress(PermissionError):
+                flush_folder(above)
+
+
+def _replace(path: Path, pieces: Sequence[bytes | Array]) -> None:
+    part = _unfinished(path)
+    try:
+        _write(part, pieces)
+        part.replace(path)
+        flush_folder(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, pieces: Sequence[bytes | Array]) -> None:
+    """Create a file, its room reserved first; when it returns, the disk is known to hold it. Raises OSError."""
+    views = [np.frombuffer(piece, np.uint8) if isinstance(piece, bytes) else piece.view(np.uint8) for piece in pieces]
+    with path.open("xb+", buffering=0) as file:
+        handle = file.fileno()
+        total = sum(len(view) for view in views)
+        if total:
+            os.posix_fallocate(handle, 0, total)
+        for view in views:
+            while len(view):
+                view = view[os.write(handle, view.data) :]
+        os.fsync(handle)
+        # Without this the next lines would read memory, not the disk.
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        if not _holds(handle, views):
+            raise OSError(f"{path.name} reads back differently from what was written")
+
+
+def _holds(handle: int, views: Sequence[Array]) -> bool:
+    """Whether a file's content is that of ``views``, one after the other."""
+    chunk: Array = np.empty(_CHUNK, np.uint8)
+    at = 0
+    for view in views:
+        while len(view):
+            count = os.preadv(handle, [chunk[: len(view)].data], at)
+            if not count or not np.array_equal(chunk[:count], view[:count]):
+                return False
+            at, view = at + count, view[count:]
+    return os.fstat(handle).st_size == at
+
+
+def _header(groups: Mapping[str, Array], layout: Layout) -> bytes:
+    """What comes before the vectors of ``groups`` in a safetensors file."""
     header: dict[str, Any] = {}
     at = 0
     for group, vector in groups.items():
         for name, view in _tensors(vector, layout).items():
-            full = f"{group}/{name}" if group else name
-            header[full] = {
+            header[f"{group}/{name}" if group else name] = {
                 "dtype": _DTYPES[vector.dtype.name],
                 "shape": list(view.shape),
                 "data_offsets": [at, at + view.nbytes],
@@ -313,18 +417,7 @@ def _write_tensors(path: Path, groups: Mapping[str, Array], layout: Layout) -> s
             at += view.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    checksum = hashlib.sha256()
-    with path.open("wb") as file:
-        total = 8 + len(text) + at
-        if hasattr(os, "posix_fallocate") and total:
-            os.posix_fallocate(file.fileno(), 0, total)
-        pieces: list[Any] = [len(text).to_bytes(8, "little"), text, *(v.view(np.uint8) for v in groups.values())]
-        for piece in pieces:
-            file.write(piece)
-            checksum.update(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return "sha256:" + checksum.hexdigest()
+    return len(text).to_bytes(8, "little") + text
 
 
 def _tensors(vector: Array, layout: Layout) -> dict[str, Array]:
@@ -345,6 +438,9 @@ def _sha256_of_json(content: Mapping[str, Any]) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def _sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256_of_all(head: bytes, tensors: Mapping[str, str]) -> str:
+    """A checksum over a file's header and the checksums of its tensors, and so over all of its bytes."""
+    found = hashlib.sha256(head)
+    for checksum in tensors.values():
+        found.update(bytes.fromhex(checksum.removeprefix("sha256:")))
+    return "sha256:" + found.hexdigest()

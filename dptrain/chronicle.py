@@ -1,8 +1,11 @@
-"""What the chief writes down while it trains: journal, checkpoints, and word to whoever watches."""
+"""What is written down while a run trains: journal, checkpoints, and word to whoever watches.
+
+Every worker keeps the books; the chief's go to disk. So any other can take over in the middle of them.
+"""
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,24 +22,21 @@ from dptrain.phases import NAMES, Phase, Phases
 from dptrain.rule import Rule
 from dptrain.state import State
 from dptrain.straggler import Pace, Slowest
-from dptrain.watch import Observer
+from dptrain.watch import Observer, Unwatched
 
 _LINES = 300
 _LONGEST_SILENCE = 1.0
 
 
 class Chronicle:
-    """The chief's watcher. ``lr`` gives the learning rate of an update, ``facts`` go into every manifest.
+    """A worker's watcher. ``lr`` gives the learning rate of an update, ``facts`` go into every manifest.
 
-    ``phases`` are the chief's own; those of all workers come with the verdicts.
+    ``phases`` are the worker's own; those of all come with the verdicts. Nothing is written before ``lead``.
     """
 
     def __init__(
         self,
         *,
-        journal: Journal,
-        writer: Writer,
-        observer: Observer,
         rule: Rule,
         membership: Membership,
         phases: Phases,
@@ -45,12 +45,13 @@ class Chronicle:
         slot_names: tuple[str, ...],
         facts: Mapping[str, Any],
     ) -> None:
-        self.journal, self.writer, self.observer = journal, writer, observer
+        self.journal: Journal | None = None
+        self.writer: Writer | None = None
+        self.observer: Observer = Unwatched()
         self.rule, self.output, self.lr = rule, output, lr
         self.slot_names, self.facts = slot_names, facts
         self.phases = phases
-        shards = [hi - lo for lo, hi in map(membership.owned_by, range(membership.size))]
-        self.pace = Pace(shards)
+        self.pace = _pace(membership)
         self.interval = output.journal_steps or -(-rule.total_steps // _LINES)
         self.rows = 0.0
         self.epoch_loss: float | None = None
@@ -66,6 +67,23 @@ class Chronicle:
         self._phases: npt.NDArray[np.float64] = np.zeros((membership.size, len(Phase)))
         self._phases_told = self._phases
         self._clear()
+
+    def lead(self, journal: Journal, writer: Writer, observer: Observer) -> None:
+        """From now on this worker is the chief."""
+        self.journal, self.writer, self.observer = journal, writer, observer
+        self._last_checkpoint = time.perf_counter()
+
+    def renew(self, membership: Membership, kept: Sequence[int]) -> None:
+        """Go on with another membership, in which those are left that had the ranks ``kept``."""
+        self.pace = _pace(membership)
+        places = list(kept)
+        self._phases, self._phases_told = self._phases[places], self._phases_told[places]
+        self._compute = self._wait = ()
+
+    def recovered(self, recovery: Mapping[str, Any]) -> None:
+        """Some workers died, and the others go on."""
+        self.observer.recovered(recovery)
+        self._write({"event": "recovery", **recovery})
 
     def stepped(self, state: State, verdict: Verdict) -> None:
         """See worker.Watcher."""
@@ -84,9 +102,12 @@ class Chronicle:
         self._wait = _added(self._wait, verdict.wait)
         self._phases = verdict.phases
         self.pace.stepped(verdict.compute)
-        if state.step % self.rule.steps_per_epoch == 0 or state.step >= self.rule.total_steps:
+        whole = state.step % self.rule.steps_per_epoch == 0
+        if whole or state.step >= self.rule.total_steps:
             loss, weight = self._epoch
             self.epoch_loss = loss / weight if weight else self.epoch_loss
+        if whole:
+            # Not at an end within an epoch: a run that is made longer goes on with it.
             self._epoch = [0.0, 0.0]
         if self.rule.evaluates(state):
             return
@@ -113,27 +134,41 @@ class Chronicle:
 
     def restore(self, manifest: Mapping[str, Any], best: Array | None) -> None:
         """Go on from a snapshot of this chronicle's."""
+        self._clear()
+        self._checkpointed = -1
         self.best = best
         self.epoch_loss, *self._epoch = manifest["epoch_loss"]
 
     def checkpoint(self, state: State) -> None:
-        """Write a last checkpoint and the rest of the journal, and wait for them. Raises StorageError."""
-        self.writer.wait()
-        if self._checkpointed != state.step or self.writer.failed:
-            self._start_checkpoint(state)
+        """Write a last checkpoint and the rest of the journal, and wait for them.
+
+        Without them a run that is done lacks nothing but the way to go on from there: it is only warned of that. One
+        that was stopped is to go on from just there: raises StorageError.
+        """
+        writer = self.writer
+        if writer is None:
+            return
+        writer.wait()
+        if self._checkpointed != state.step or writer.failed:
+            self._start_checkpoint(writer, state)
         self.phases.begin(Phase.CHECKPOINT)
-        self.writer.wait()
+        writer.wait()
         self.phases.begin(Phase.OTHER)
-        complaint = self.writer.complaint()
-        if complaint:
+        complaint = writer.complaint()
+        if complaint and not self.rule.done(state):
             raise complaint
-        self._write_lag()
+        if complaint:
+            self.warn(f"the run ends without a last checkpoint: {complaint}")
+        with contextlib.suppress(StorageError):
+            self._write_lag()
 
     def close(self) -> None:
         """Let what is being written be finished; nothing is raised."""
-        self.writer.wait()
-        with contextlib.suppress(StorageError):
-            self.journal.close()
+        if self.writer is not None:
+            self.writer.wait()
+        if self.journal is not None:
+            with contextlib.suppress(StorageError):
+                self.journal.close()
 
     def _clear(self) -> None:
         self._steps = self._skipped = 0
@@ -172,6 +207,8 @@ class Chronicle:
 
     def _write(self, line: dict[str, Any]) -> None:
         """Lines that a full disk refuses are kept and tried again with the next."""
+        if self.journal is None:
+            return
         failing = bool(self._lag)
         self._lag.append(line)
         try:
@@ -181,30 +218,34 @@ class Chronicle:
                 self.observer.warned(f"training goes on without a journal: {error}")
 
     def _write_lag(self) -> None:
-        while self._lag:
+        while self._lag and self.journal is not None:
             self.journal.write(self._lag[0])
             self._lag.pop(0)
 
     def _checkpoint_if_due(self, state: State) -> None:
-        complaint = self.writer.complaint()
+        writer = self.writer
+        if writer is None:
+            return
+        complaint = writer.complaint()
         if complaint:
             self.warn(f"training goes on without a new checkpoint: {complaint}")
         now = time.perf_counter()
         seconds, steps = self.output.checkpoint_seconds, self.output.checkpoint_steps
-        by_time = seconds and now - self._last_checkpoint >= seconds and not self.writer.busy
+        by_time = seconds and now - self._last_checkpoint >= seconds and not writer.busy
         if by_time or (steps and state.step % steps == 0):
             self._last_checkpoint = now
-            self._start_checkpoint(state)
+            self._start_checkpoint(writer, state)
 
-    def _start_checkpoint(self, state: State) -> None:
+    def _start_checkpoint(self, writer: Writer, state: State) -> None:
         self.phases.begin(Phase.CHECKPOINT)
         self._checkpointed = state.step
-        self.writer.start(self._snapshot(state))
+        facts = {**self.facts, "epoch_loss": [self.epoch_loss, *self._epoch]}
+        writer.start(Snapshot.of(state, self.best, self.slot_names, facts, writer.memory()))
         self.phases.begin(Phase.OTHER)
 
-    def _snapshot(self, state: State) -> Snapshot:
-        facts = {**self.facts, "epoch_loss": [self.epoch_loss, *self._epoch]}
-        return Snapshot.of(state, self.best, self.slot_names, facts)
+
+def _pace(membership: Membership) -> Pace:
+    return Pace([hi - lo for lo, hi in map(membership.owned_by, range(membership.size))])
 
 
 def _added(some: tuple[float, ...], more: tuple[float, ...]) -> tuple[float, ...]:

@@ -72,6 +72,28 @@ class DeadlineError(DptrainError):
     exit_code = 3
 
 
+class WorkerLost(DptrainError):
+    """A worker process died. Where that can be survived it is caught within the run, and nobody meets it."""
+
+    exit_code = 3
+
+
+class CorruptionError(WorkerLost):
+    """A worker holds or computes other bits than the others, where nothing is survived within a step."""
+
+
+class DisagreementError(DptrainError):
+    """Workers disagree on bits, for the second time, and nobody can tell which of them is right."""
+
+    exit_code = 1
+
+
+class PoisonError(DptrainError):
+    """A shard whose owners die, one after the other, at the same step."""
+
+    exit_code = 1
+
+
 class PeerFailed(DptrainError):
     """Another worker failed; it says why itself, so this one leaves quietly with the same code."""
 

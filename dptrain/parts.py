@@ -13,16 +13,15 @@ from dptrain import arithmetic
 from dptrain.assemble import Assembly, assemble
 from dptrain.cores import crowded
 from dptrain.data.batches import Batches, Reader
-from dptrain.errors import ArithmeticMismatch, DataError, DptrainError, LaunchError
+from dptrain.errors import ArithmeticMismatch, DataError, LaunchError
 from dptrain.exchange import shared_memory
 from dptrain.exchange.communicator import Communicator
 from dptrain.exchange.protocol import Exchange
-from dptrain.exchange.segments import Machines, Memory, Segments
-from dptrain.exchange.solo import Solo
 from dptrain.fingerprint import NOT_REPEATABLE, Probe, probe
 from dptrain.job.digest import JobDigest, digest_job
 from dptrain.job.spec import Job
 from dptrain.layout import Array, digest
+from dptrain.meeting import Meeting, for_all
 from dptrain.membership import Membership
 from dptrain.nn.accumulate import Accumulator
 from dptrain.nn.layer import Workspace
@@ -51,7 +50,10 @@ class Parts:
         self.notes: list[str] = []
         assert job.train.shards is not None
         self.membership = Membership(communicator.rank, communicator.size, job.train.shards)
-        self.machines = Machines(communicator.machines(), communicator.rank)
+        machines = communicator.machines()
+        every = communicator.allgather_json(HOST, "setting up")
+        self.hosts: dict[int, str] = dict(zip(communicator.members, every, strict=True))
+        self._first = communicator.rank in {group[0] for group in machines}
         plan = self._prepare()
         a = self.assembly = together(communicator, "setting up", lambda: assemble(job, plan, self.own_model))
         self.plan = plan
@@ -64,7 +66,7 @@ class Parts:
         self.accumulator: Accumulator = accumulator
         self.digests = self._digest()
         self._compare_workers()
-        self.exchange = together(communicator, "setting up the exchange", self._exchange)
+        self.meeting = Meeting(job.exchange, communicator, self.membership, self.update, self.accumulator)
         self.reader = Reader(
             self.batches,
             a.dataset.sample_shape,
@@ -74,7 +76,7 @@ class Parts:
             dtype=a.dtype,
             prefetch=a.dataset.train.waits,
         )
-        crowd = crowded(len(self.machines.here), job.arithmetic.threads)
+        crowd = crowded(len(self.meeting.machines.here), job.arithmetic.threads)
         if crowd:
             self.notes.append(crowd)
         if self.membership.spares:
@@ -87,13 +89,17 @@ class Parts:
                 f"exchange {self.exchange.name!r} does not promise the same bits for any number of workers"
             )
 
+    @property
+    def exchange(self) -> Exchange:
+        """That of the workers that live."""
+        return self.meeting.exchange
+
     def _prepare(self) -> dict[str, Any]:
         """The data, parsed and scanned once on every machine."""
         job, communicator = self.job, self.communicator
-        first = communicator.rank == self.machines.here[0]
 
         def action() -> dict[str, Any] | None:
-            if not first:
+            if not self._first:
                 return None
             from dptrain.data.prepare import prepare
 
@@ -108,7 +114,7 @@ class Parts:
         plans: list[dict[str, Any]] = [plan for _, plan in every if plan is not None]
         for rank, (other, plan) in enumerate(every):
             if plan is not None and plan["digest"] != plans[0]["digest"]:
-                raise _for_all(
+                raise for_all(
                     DataError(
                         f"rank {rank} on {other}: data.source = {job.data.source!r}",
                         expected=f"the same data as on {every[0][0]} ({plans[0]['digest'][:19]})",
@@ -142,7 +148,8 @@ class Parts:
             accumulator.at_once = self.evaluator.at_once = 1
         # What the probe took for more shards than will run at once is given back.
         accumulator.workspace = Workspace()
-        self.arithmetic = arithmetic.describe(self.job.arithmetic.kernels, self.job.arithmetic.threads)
+        wanted = self.job.arithmetic
+        self.arithmetic = arithmetic.describe(wanted.kernels, wanted.threads, wanted.products)
         return accumulator, found
 
     def _compare_workers(self) -> None:
@@ -157,7 +164,7 @@ class Parts:
         first = every[0]
         for rank, other in enumerate(every):
             if other["job"] != every[0]["job"]:
-                raise _for_all(
+                raise for_all(
                     LaunchError(
                         f"rank {rank} on {other['host']}",
                         expected=f"the job of rank 0 on {every[0]['host']}",
@@ -171,12 +178,12 @@ class Parts:
             return
         for rank, other in enumerate(every):
             if other["fingerprint"] != first["fingerprint"]:
-                raise _for_all(
+                raise for_all(
                     ArithmeticMismatch(
                         f"rank {rank} on {other['host']} ({arithmetic.named(other['arithmetic'])})",
                         expected=f"the bits of rank 0 on {first['host']} ({arithmetic.named(first['arithmetic'])})",
                         found="others for the same step",
-                        cure='set arithmetic.kernels = "portable" and install the same numpy on every machine',
+                        cure='set arithmetic.kernels = "portable" and install the same numpy (and mkl, if used) everywhere',
                     )
                 )
 
@@ -190,78 +197,6 @@ class Parts:
             start=digest(self.start) if self.job.model.init_from else "",
             decay_steps=schedule.decay_steps if schedule.type == "cosine" else 0,
         )
-
-    def _exchange(self) -> Exchange:
-        job, communicator = self.job, self.communicator
-        size = communicator.size
-        kind = job.exchange.type
-        if kind == "auto":
-            kind = "solo" if size == 1 else "node"
-        outbox = self._rows_of_outbox()
-        common = (communicator, self.membership, self.update, self.assembly.dtype)
-        if kind == "solo" and size > 1:
-            raise LaunchError(
-                'exchange.type = "solo"', expected="one worker", found=f"{size}", cure='use "auto", or start one worker'
-            )
-        if kind == "allreduce":
-            from dptrain.exchange.allreduce import Allreduce
-
-            return Allreduce(*common, outbox)
-        if kind == "solo":
-            return Solo(*common, outbox)
-        if job.exchange.coordinators > size:
-            raise LaunchError(
-                "exchange.coordinators",
-                expected=f"at most the number of workers, {size}",
-                found=str(job.exchange.coordinators),
-                cure="lower it, or leave it at 0 for every worker",
-            )
-        machines = self.machines
-        if kind == "segments":
-            machines = Machines(tuple((rank,) for rank in range(size)), communicator.rank)
-        every = communicator.allgather_json(outbox, "setting up the exchange")
-        outboxes = [every[rank] for rank in machines.here]
-        need = Memory(self.update.layout, len(self.update.optimizer.slots), self.assembly.dtype, outboxes).nbytes
-        return Segments(
-            *common,
-            outboxes,
-            name=kind,
-            coordinators=job.exchange.coordinators or size,
-            machines=machines,
-            memory=self._shared(machines, need),
-        )
-
-    def _rows_of_outbox(self) -> int:
-        """Enough for whatever shards this worker may own, of as many workers as may be left."""
-        a = self.accumulator
-        everyone = range(1, self.membership.size + 1)
-        members = [Membership(rank, size, self.membership.shards) for size in everyone for rank in range(size)]
-        return max(1, *(a.schedule(lo, hi).slots for lo, hi in {member.mine for member in members}))
-
-    def _shared(self, machines: Machines, nbytes: int) -> Array | None:
-        """Memory of this machine's workers; None for a worker that is alone there."""
-        if all(len(group) == 1 for group in machines.groups):
-            return None
-        communicator, phase, leader = self.communicator, "sharing memory", machines.here[0]
-        several, leads = len(machines.here) > 1, communicator.rank == leader
-        for way in shared_memory.WAYS:
-            made = together(communicator, phase, lambda way=way: way(nbytes) if several and leads else None)  # type: ignore[misc]
-            try:
-                paths = communicator.allgather_json(made.path if made else "", phase)
-                memory = shared_memory.attach(paths[leader], nbytes) if several else None
-                reached = communicator.allgather_json(not several or memory is not None, phase)
-            finally:
-                if made:
-                    made.release()
-            if all(reached):
-                return memory
-        raise _for_all(shared_memory.unreachable(reached.index(False)))
-
-
-def _for_all(error: DptrainError) -> DptrainError:
-    """An error that every worker finds out by itself."""
-    error.everywhere = True
-    return error
 
 
 def at_once(accumulator: Accumulator, own: int) -> int:

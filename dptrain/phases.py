@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from enum import IntEnum
 
+from dptrain.board import BEAT, PHASE, STEP, private
+
 
 class Phase(IntEnum):
     """What a worker is at. WAITING is for others; EXCHANGE moves and adds what others computed."""
@@ -18,6 +20,7 @@ class Phase(IntEnum):
     UPDATE = 7
     EVALUATION = 8
     CHECKPOINT = 9
+    RECOVERY = 10
 
 
 NAMES = tuple(phase.name.lower() for phase in Phase)
@@ -30,19 +33,25 @@ OWN = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.PARTIALS)
 class Phases:
     """Adds up the seconds of each phase. One call at each border: what begins ends what was before.
 
-    ``step`` is the step that time belongs to, as the journal counts.
+    ``step`` is the step that time belongs to, as the journal counts. ``cell`` is told of every border and step, for
+    who watches this worker from outside.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
+        self.cell = private()
         self.start()
 
     def start(self) -> None:
         """Forget all; time counts from now."""
         self.seconds = [0.0] * len(Phase)
-        self.step = 0
+        self.at(0)
         self._phase = Phase.OTHER
         self._since = self.clock()
+
+    def at(self, step: int) -> None:
+        """From now on time belongs to ``step``."""
+        self.step = self.cell[STEP] = step
 
     def begin(self, phase: Phase, detail: str = "") -> None:
         """From now on time belongs to ``phase``; ``detail`` says more, such as a layer's name."""
@@ -50,6 +59,9 @@ class Phases:
         self.seconds[self._phase] += now - self._since
         self._phase = phase
         self._since = now
+        cell = self.cell
+        cell[PHASE] = phase
+        cell[BEAT] += 1
 
     def named(self) -> dict[str, float]:
         """The seconds of each phase until the last border, by the phase's name."""

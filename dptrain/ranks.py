@@ -7,10 +7,12 @@ loaded, and only one of the ranks pays for checking it.
 import os
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dptrain import arithmetic
-from dptrain.errors import PeerFailed, exit_code
+from dptrain import arithmetic, supervision
+from dptrain.errors import DptrainError, PeerFailed, WorkerLost, exit_code
 from dptrain.job.spec import Job, plain, rebuild
 from dptrain.launch import Announced, refuse_size
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from dptrain.exchange.mpi import Mpi
     from dptrain.training import Result
     from dptrain.watch import Observer
+
+Inherit = Callable[[Any], "Observer"]
+"""Makes the observer of a worker that becomes the chief, from what the first chief's said of itself."""
 
 
 def alone(job: Job, **options: Any) -> "Result":
@@ -49,17 +54,20 @@ class Leader:
         resume: bool = False,
         trace: str | os.PathLike[str] | None = None,
         observer: "Observer | None" = None,
+        shown: Any = None,
     ) -> "Result":
-        """Train a complete job with all ranks; see training.run."""
+        """Train a complete job with all ranks; see training.run. ``shown`` is for whoever becomes the chief."""
         self._waiting = False
         options: dict[str, Any] = {"run_dir": _text(run_dir), "resume": resume, "trace": _text(trace)}
-        self._communicator.broadcast_json({"job": plain(job), "options": options}, "starting")
+        with departing(self._communicator):
+            self._communicator.broadcast_json({"job": plain(job), "options": options, "shown": shown}, "starting")
         return train(self._communicator, job, **options, observer=observer)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._waiting:
             self._waiting = False
-            self._communicator.broadcast_json({"code": _code(error)}, "leaving")
+            with departing(self._communicator):
+                self._communicator.broadcast_json({"code": _code(error)}, "leaving")
 
 
 def lead(place: Announced) -> Leader:
@@ -67,14 +75,26 @@ def lead(place: Announced) -> Leader:
     return Leader(place)
 
 
-def follow(place: Announced) -> int:
+def follow(place: Announced, inherit: Inherit | None = None) -> int:
     """Connect as another rank, do what rank 0 says, and return the exit code."""
     communicator = _connect(place)
-    word = communicator.broadcast_json(None, "waiting for rank 0")
+    with departing(communicator):
+        word = communicator.broadcast_json(None, "waiting for rank 0")
     if "job" not in word:
         return int(word["code"])
-    train(communicator, rebuild(Job, word["job"]), **word["options"], observer=None)
+    successor = None if inherit is None else lambda: inherit(word["shown"])
+    train(communicator, rebuild(Job, word["job"]), **word["options"], observer=None, successor=successor)
     return 0
+
+
+@contextmanager
+def departing(communicator: "Mpi") -> Iterator[None]:
+    """Around a call outside of training, where no death is survived: after one, all that live leave together."""
+    try:
+        yield
+    except WorkerLost as error:
+        communicator.leave(exit_code(error))
+        raise
 
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:
@@ -85,7 +105,7 @@ def _connect(place: Announced) -> "Mpi":
     from dptrain.exchange.mpi import connect
 
     communicator = connect()
-    refuse_size(place, communicator.size)
+    refuse_size(place, communicator.began)
     return communicator
 
 
@@ -104,17 +124,25 @@ def train(communicator: "Mpi", job: Job, **options: Any) -> "Result":
         observer = options.get("observer")
         if observer is not None:
             observer.close()
-        if not communicator.agreed and not getattr(error, "everywhere", False):
+        everywhere = getattr(error, "everywhere", False)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if communicator.survives:
+            communicator.leave(exit_code(error))
+        elif not communicator.agreed and not everywhere:
             # The others know nothing and wait; only ending them all is left.
             traceback.print_exception(error)
             sys.stderr.flush()
+            if isinstance(error, DptrainError):
+                supervision.failed(exit_code(error), str(error))
             communicator.abort(exit_code(error))
-        # Whoever failed speaks last: all others have nothing more to say when they come here.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        communicator.barrier("leaving")
-        if getattr(error, "everywhere", False) and communicator.rank:
+        else:
+            # Whoever failed speaks last: all others have nothing more to say when they come here.
+            communicator.barrier("leaving")
+        if communicator.rank and (everywhere or isinstance(error, WorkerLost)):
             raise PeerFailed(0, 0, "all phases", exit_code(error)) from error
+        if isinstance(error, DptrainError):
+            error.everywhere = False
         raise
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 import numpy.typing as npt
 
+from dptrain.board import BEAT, PHASE
 from dptrain.errors import StorageError
 from dptrain.exchange.communicator import Communicator, Message
 from dptrain.phases import NAMES, Phase, Phases
@@ -49,6 +50,9 @@ class Recorder(Phases):
         self.seconds[self._phase] += now - self._since
         self._phase = phase
         self._since = now
+        cell = self.cell
+        cell[PHASE] = phase
+        cell[BEAT] += 1
         # One flat list: a tuple for each border would be one more object for the garbage collector to look at.
         newer = self._newer
         newer += (now, phase, detail, self.step)
@@ -131,7 +135,7 @@ class Trace:
         self._before: list[Reading] = []
 
     def start(self) -> None:
-        """Compare the clocks; training begins next."""
+        """Compare the clocks; training begins next, or goes on with those that are left."""
         self._before = compare_clocks(self.communicator, self.phases.clock)
 
     def write(self, host: str, facts: Mapping[str, Any]) -> StorageError | None:
@@ -166,7 +170,7 @@ class Trace:
             borders[:, _TIME] -= _shifts(borders[:, _TIME], before, later)
         return [
             Track(rank, name, its, dropped, borders)
-            for rank, ((_, name, its, dropped), borders) in enumerate(zip(said, every, strict=True))
+            for rank, (_, name, its, dropped), borders in zip(communicator.members, said, every, strict=True)
         ]
 
 

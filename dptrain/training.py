@@ -2,29 +2,33 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dptrain import arithmetic
+from dptrain import arithmetic, supervision
+from dptrain.chronicle import Chronicle
+from dptrain.corruption import Auditor, checkpoints_up_to, set_aside
+from dptrain.errors import CheckpointError, CorruptionError, WorkerLost
 from dptrain.exchange.communicator import Alone, Communicator
 from dptrain.job.spec import Job
 from dptrain.layout import Array, digest
 from dptrain.parts import HOST, Parts
 from dptrain.phases import Phase, Phases
+from dptrain.recovery import Recovery
 from dptrain.state import State
 from dptrain.trace import Trace
-from dptrain.watch import Bystander, Observer, Unwatched
+from dptrain.watch import Observer, Unwatched
 from dptrain.worker import StopRequest, Worker, together
 
 if TYPE_CHECKING:
+    from dptrain.beginning import Expected
     from dptrain.checkpoint import Snapshot
-    from dptrain.chronicle import Chronicle
 
-# What only the chief needs (run directory, checkpoints, journal) is imported where it is used: eight ranks start on
-# two cores.
+# What only the chief needs (run directory, checkpoints) is imported where it is used: eight ranks start on two cores.
 
 
 @dataclass(frozen=True)
@@ -64,17 +68,21 @@ def run(
     resume: bool = False,
     trace: str | os.PathLike[str] | None = None,
     observer: Observer | None = None,
+    successor: Callable[[], Observer] | None = None,
     communicator: Communicator | None = None,
 ) -> Result:
     """Train a complete job with all workers of ``communicator`` (None: this process alone); all call it alike.
 
     Raises DptrainError: on the worker it concerns its own, on the others PeerFailed. Only rank 0 writes to the run
-    directory, which is made below ``job.output.runs`` unless ``run_dir`` names one, and the trace.
+    directory, which is made below ``job.output.runs`` unless ``run_dir`` names one, and the trace; where deaths are
+    survived, the lowest of the living takes over. It then makes its observer by ``successor``, if there is one.
     """
-    communicator = communicator or Alone()
-    communicator.deadline = job.exchange.deadline
+    among: Communicator = Alone() if communicator is None else communicator
+    among.deadline, among.agreed = job.exchange.deadline, False
     with arithmetic.limited(job.arithmetic.threads):
-        return _Run(job, model, run_dir, resume, trace, observer or Unwatched(), communicator).go()
+        run = _Run(job, model, run_dir, resume, trace, observer or Unwatched(), among)
+        run.successor = successor
+        return run.go()
 
 
 class _Run:
@@ -94,40 +102,80 @@ class _Run:
         self.trace: Trace | None = None
         self.phases = Phases()
         self.resume, self.observer, self.communicator = resume, observer, communicator
-        self.chief = communicator.rank == 0
-        self.chronicle: Chronicle | None = None
+        self.successor: Callable[[], Observer] | None = None
+        self.attempt = 0
         self.stop = StopRequest()
+
+    @property
+    def chief(self) -> bool:
+        return self.communicator.rank == 0
 
     def go(self) -> Result:
         with self.stop.listening():
             if self.wanted_trace is not None:
                 self.trace = Trace(self.wanted_trace, self.communicator)
                 self.phases = self.trace.phases
-            self.parts = Parts(self.job, self.own_model, self.communicator)
+            parts = self.parts = Parts(self.job, self.own_model, self.communicator)
             state = self._begin()
-            watcher = together(self.communicator, "opening the journal", lambda: self._watcher(state))
-            worker = self._worker(watcher)
-            worker.best = self.best
-            if self.trace is not None:
-                self.trace.start()
-            started = time.perf_counter()
+            self.chronicle = self._chronicle()
+            together(self.communicator, "opening the journal", self._lead if self.chief else lambda: None)
+            self.attempt = self.communicator.broadcast_json(self.attempt, "opening the journal")
+            self.worker = self._worker(state)
+            self.worker.best = self.best
+            auditor = self.worker.auditor = self._auditor()
+            self.recovery = Recovery(self.worker, parts.meeting, self.chronicle, parts.hosts, self._lead, auditor)
+            self.phases.start()
+            self.phases.cell = self.communicator.cell = parts.meeting.watch()
+            self.started = time.perf_counter()
             try:
-                state = worker.run(state)
-                seconds = time.perf_counter() - started
-                return self._end(worker, watcher, state, seconds)
+                return self._survive()
             finally:
-                self.parts.reader.close()
-                if self.chronicle is not None:
-                    self.chronicle.close()
+                parts.meeting.unwatch()
+                parts.reader.close()
+                self.chronicle.close()
+
+    def _survive(self) -> Result:
+        """Train to the end, whoever dies on the way."""
+        while True:
+            try:
+                if self.trace is not None:
+                    self.trace.start()
+                state = self.worker.run()
+                result, content = self._end(state)
+            except WorkerLost as lost:
+                if not self.communicator.survives or isinstance(lost, CorruptionError):
+                    raise
+                goes_on = self.recovery.meet()
+            else:
+                goes_on = self.communicator.survives and self.recovery.meet(settled=True)
+            if not goes_on:
+                break
+
+        def finish() -> None:
+            if self.chief:
+                self.chronicle.close()
+                self.observer.finished(content)
+
+        if self.communicator.survives:
+            # The others may have left already.
+            finish()
+        else:
+            together(self.communicator, "the result", finish)
+        return result
 
     def _begin(self) -> State:
         """The run directory and the state to start from, the same on all workers."""
         opened = together(self.communicator, "opening the run directory", self._open)
         self.run_dir = Path(self.communicator.broadcast_json(opened, "opening the run directory"))
+        np.copyto(self.parts.exchange.store.weights(0), self.parts.start)
+        self.start_digest = digest(self.parts.start) if self.job.model.init_from else ""
+        del self.parts.start
+        return self._hand_out(together(self.communicator, "reading the checkpoint", self._restore))
+
+    def _hand_out(self, snapshot: "Snapshot | None") -> State:
+        """The state of the chief's snapshot, everybody's. Where there is none, step 0 with whatever lies there."""
         store, names = self.parts.exchange.store, self.parts.update.optimizer.slots
-        np.copyto(store.weights(0), self.parts.start)
         self.best: Array | None = None
-        snapshot = together(self.communicator, "reading the checkpoint", self._restore)
         header = snapshot.manifest if snapshot else None
         header = self.manifest = self.communicator.broadcast_json(header, "reading the checkpoint")
         state = State(0, 0, store.weights(0), store.slots(0), 0)
@@ -136,7 +184,7 @@ class _Run:
                 for vector, name in zip((store.weights(0), *store.slots(0)), ("weights", *names), strict=True):
                     np.copyto(vector, snapshot.groups[name])
             if "best" in header["groups"]:
-                self.best = snapshot.groups["best"].copy() if snapshot else np.empty_like(self.parts.start)
+                self.best = snapshot.groups["best"].copy() if snapshot else np.empty_like(state.weights)
             for vector in (*store.slots(0), store.weights(0), *([self.best] if self.best is not None else [])):
                 self.communicator.broadcast(vector, "handing out the checkpoint")
             from dptrain.checkpoint import judgement_of
@@ -146,8 +194,70 @@ class _Run:
                 updates=header["updates"],
                 judgement=judgement_of(header),
             )
-        del self.parts.start
         return state
+
+    def _go_back(self, trusted: int) -> State:
+        """The newest checkpoint up to a step, or else the start of the run, as everybody's state."""
+        snapshot = together(self.communicator, "going back", lambda: self._trusted(trusted))
+        state = self._hand_out(snapshot)
+        if self.manifest is None:
+            together(self.communicator, "going back", lambda: self._start_again(state.weights))
+            for slot in state.slots:
+                slot.fill(0)
+            self.communicator.broadcast(state.weights, "going back")
+        self.worker.best = self.best
+        self.chronicle.restore(self.manifest or {"epoch_loss": [None, 0.0, 0.0]}, self.best)
+        return state
+
+    def _trusted(self, trusted: int) -> "Snapshot | None":
+        """The chief's newest checkpoint up to a step; newer ones are checkpoints no more."""
+        if not self.chief:
+            return None
+        from dptrain import beginning, rundir
+
+        self._distrust(trusted)
+        if not checkpoints_up_to(self.run_dir / rundir.CHECKPOINTS, trusted):
+            return None
+        return beginning.restore(self.run_dir, self._expected(), self.observer.warned)
+
+    def _distrust(self, trusted: int) -> None:
+        """Set the checkpoints that are newer than a step aside, on the chief."""
+        writer = self.chronicle.writer
+        if writer is not None:
+            writer.wait()
+            set_aside(writer.folder, trusted)
+
+    def _start_again(self, weights: Array) -> None:
+        """The weights before the first step, on the chief."""
+        if not self.chief:
+            return
+        weights.fill(0)
+        self.parts.assembly.model.initialise(weights, self.job.seed)
+        if self.start_digest:
+            from dptrain import beginning
+
+            np.copyto(weights, beginning.warm_start(self.job, self.parts.assembly.model.layout))
+            if digest(weights) != self.start_digest:
+                raise CheckpointError(
+                    f"model.init_from = {self.job.model.init_from!r}",
+                    expected="the weights that this run began with",
+                    found="others",
+                    cure="name one checkpoint there, as step-<n>, and start again",
+                )
+
+    def _auditor(self) -> Auditor:
+        parts = self.parts
+        return Auditor(
+            self.worker,
+            parts.meeting,
+            self.chronicle,
+            parts.hosts,
+            self.job.exchange,
+            seed=self.job.seed,
+            repeatable=parts.probe.repeatable,
+            go_back=self._go_back,
+            distrust=self._distrust,
+        )
 
     def _open(self) -> str | None:
         if not self.chief:
@@ -164,93 +274,108 @@ class _Run:
 
         found = None
         if self.resume:
-            expected = beginning.Expected(
-                self.job,
-                self.parts.digests,
-                self.parts.probe.fingerprint,
-                self.parts.arithmetic,
-                self.parts.assembly.model.layout,
-            )
-            found = beginning.restore(self.run_dir, expected, self.observer.warned)
+            found = beginning.restore(self.run_dir, self._expected(), self.observer.warned)
             if found is None:
                 self.parts.notes.append("no checkpoint yet: training starts at step 0")
         beginning.echo(self.run_dir, self.job, self.parts.plan["encoding"])
         return found
 
-    def _watcher(self, state: State) -> "Chronicle | Bystander":
-        if not self.chief:
-            return Bystander()
-        from dptrain import checkpoint, rundir
-        from dptrain.chronicle import Chronicle
-        from dptrain.journal import Journal
+    def _expected(self) -> "Expected":
+        from dptrain.beginning import Expected
 
-        layout, job = self.parts.assembly.model.layout, self.job
-        chronicle = self.chronicle = Chronicle(
-            journal=Journal(self.run_dir / rundir.JOURNAL),
-            writer=checkpoint.Writer(self.run_dir / rundir.CHECKPOINTS, layout, job.output.generations),
-            observer=self.observer,
-            rule=self.parts.rule,
-            membership=self.parts.membership,
+        return Expected(
+            self.job,
+            self.parts.digests,
+            self.parts.probe.fingerprint,
+            self.parts.arithmetic,
+            self.parts.assembly.model.layout,
+        )
+
+    def _chronicle(self) -> Chronicle:
+        parts = self.parts
+        chronicle = Chronicle(
+            rule=parts.rule,
+            membership=parts.membership,
             phases=self.phases,
-            output=job.output,
-            lr=self.parts.update.schedule.at,
-            slot_names=self.parts.update.optimizer.slots,
+            output=self.job.output,
+            lr=parts.update.schedule.at,
+            slot_names=parts.update.optimizer.slots,
             facts={
-                "job_sha256": self.parts.digests.job,
-                "trajectory_sha256": self.parts.digests.trajectory,
-                "judging_sha256": self.parts.digests.judging,
+                "job_sha256": parts.digests.job,
+                "trajectory_sha256": parts.digests.trajectory,
+                "judging_sha256": parts.digests.judging,
                 "same_bits": self.same_bits,
-                "fingerprint": self.parts.probe.fingerprint,
-                "arithmetic": self.parts.arithmetic,
-                "name": job.name,
-                "dtype": job.train.dtype,
+                "fingerprint": parts.probe.fingerprint,
+                "arithmetic": parts.arithmetic,
+                "name": self.job.name,
+                "dtype": self.job.train.dtype,
             },
         )
         if self.manifest is not None:
             chronicle.restore(self.manifest, self.best)
+        return chronicle
+
+    def _lead(self) -> None:
+        """This worker is the chief from now on: from the start, or because those before it died."""
+        from dptrain import checkpoint, rundir
+        from dptrain.journal import Journal
+
+        succeeds = self.attempt > 0
+        if succeeds:
+            checkpoint.clean(self.run_dir)
+            checkpoint.clean(self.run_dir / rundir.CHECKPOINTS)
+            if self.successor is not None:
+                self.observer = self.successor()
+        journal = Journal(self.run_dir / rundir.JOURNAL, self.attempt or None)
+        self.attempt = journal.attempt
+        layout = self.parts.assembly.model.layout
+        writer = checkpoint.Writer(self.run_dir / rundir.CHECKPOINTS, layout, self.job.output.generations)
+        self.chronicle.lead(journal, writer, self.observer)
+        step = self.worker.state.step if succeeds else self.manifest["step"] if self.manifest else 0
+        supervision.opened(self.run_dir, self.attempt, step)
         self.observer.started(
             {
                 "run_dir": str(self.run_dir),
                 "trace": "" if self.wanted_trace is None else str(self.wanted_trace),
-                "name": job.name,
+                "name": self.job.name,
                 "workers": self.communicator.size,
-                "shards": job.train.shards,
+                "shards": self.job.train.shards,
                 "spares": self.parts.membership.spares,
                 "exchange": self.parts.exchange.name,
                 "parameters": layout.parameters,
                 "total_steps": self.parts.rule.total_steps,
                 "steps_per_epoch": self.parts.rule.steps_per_epoch,
-                "step": state.step,
+                "step": step,
                 "train_rows": self.parts.assembly.dataset.train.rows,
                 "notes": self.parts.notes,
+                "succeeds": succeeds,
             }
         )
-        return chronicle
 
-    def _worker(self, watcher: "Chronicle | Bystander") -> Worker:
+    def _worker(self, state: State) -> Worker:
         return Worker(
+            state=state,
             accumulator=self.parts.accumulator,
             evaluator=self.parts.evaluator,
             exchange=self.parts.exchange,
             reader=self.parts.reader,
             rule=self.parts.rule,
             validation=self.parts.assembly.dataset.validation,
-            watcher=watcher,
+            watcher=self.chronicle,
             stop=self.stop,
             phases=self.phases,
             skip_non_finite=self.job.train.non_finite == "skip",
             keep_best=self.job.train.result == "best",
         )
 
-    def _end(self, worker: Worker, watcher: "Chronicle | Bystander", state: State, seconds: float) -> Result:
-        """The last checkpoint, the evaluation of the kept weights, and the result."""
-        chronicle = self.chronicle
+    def _end(self, state: State) -> tuple[Result, dict[str, Any]]:
+        """The last checkpoint, the evaluation of the kept weights, and the result, also as what result.json holds.
 
-        def save() -> None:
-            if chronicle is not None:
-                chronicle.checkpoint(state)
-
-        together(self.communicator, "the last checkpoint", save)
+        It can be done again from its beginning, with fewer workers.
+        """
+        chronicle, worker = self.chronicle, self.worker
+        seconds = time.perf_counter() - self.started
+        together(self.communicator, "the last checkpoint", lambda: chronicle.checkpoint(state))
         keeps_best = self.job.train.result == "best" and worker.best is not None
         weights = worker.best if keeps_best and worker.best is not None else state.weights
         metrics = {}
@@ -264,7 +389,7 @@ class _Run:
         self.phases.begin(Phase.OTHER)
         per_worker = self.communicator.allgather_json(self._own_figures(worker), "the result")
         content: dict[str, Any] | None = None
-        if chronicle is not None:
+        if self.chief:
             slow = chronicle.slowest()
             content = asdict(
                 Result(
@@ -277,7 +402,7 @@ class _Run:
                     seconds=round(seconds, 4),
                     weights_sha256=digest(weights),
                     job_sha256=self.parts.digests.job,
-                    workers=self.communicator.size,
+                    workers=len(self.parts.hosts),
                     shards=self.parts.assembly.shards,
                     exchange=self.parts.exchange.name,
                     arithmetic={
@@ -287,19 +412,25 @@ class _Run:
                     },
                     fingerprint=self.parts.probe.fingerprint,
                     same_bits=self.same_bits,
-                    recoveries=[],
+                    recoveries=self.recovery.log,
                     per_worker=per_worker,
                     run_dir=str(self.run_dir),
                     reason=self.parts.rule.reached(state.judgement),
                     result="best" if keeps_best else "last",
                     signal=0 if done else worker.stopped_by,
-                    attempt=chronicle.journal.attempt,
-                    slowest=None if slow is None else {**slow._asdict(), "host": per_worker[slow.rank]["host"]},
+                    attempt=self.attempt,
+                    slowest=None
+                    if slow is None
+                    else {
+                        **slow._asdict(),
+                        "rank": per_worker[slow.rank]["rank"],
+                        "host": per_worker[slow.rank]["host"],
+                    },
                 )
             )
 
         def write() -> None:
-            if chronicle is None or content is None:
+            if content is None:
                 return
             from dptrain import checkpoint, rundir
 
@@ -307,19 +438,13 @@ class _Run:
             checkpoint.export(self.run_dir / rundir.WEIGHTS, weights, layout)
             rundir.write_json(self.run_dir / rundir.RESULT, content)
 
-        together(self.communicator, "writing the result", write)
         if self.trace is not None:
             complaint = self.trace.write(HOST, {"job": self.job.name, "run_dir": str(self.run_dir)})
             if complaint is not None:
                 self.observer.warned(str(complaint))
-
-        def close() -> None:
-            if chronicle is not None and content is not None:
-                chronicle.close()
-                self.observer.finished(content)
-
-        together(self.communicator, "the result", close)
-        return Result(**self.communicator.broadcast_json(content, "the result"))
+        together(self.communicator, "writing the result", write)
+        content = self.communicator.broadcast_json(content, "the result")
+        return Result(**content), content
 
     @property
     def same_bits(self) -> bool:
@@ -330,9 +455,9 @@ class _Run:
 
     def _own_figures(self, worker: Worker) -> dict[str, Any]:
         return {
-            "rank": self.communicator.rank,
+            "rank": self.communicator.members[self.communicator.rank],
             "host": HOST,
-            "machine": self.parts.machines.number(self.communicator.rank),
+            "machine": self.parts.meeting.machines.number(self.communicator.rank),
             "shards_computed": self.parts.accumulator.shards_computed,
             "rows_read": self.parts.assembly.dataset.train.rows_read,
             "compute_seconds": round(worker.compute_seconds, 4),

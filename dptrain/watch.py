@@ -1,11 +1,7 @@
-"""Who looks on while a run trains: the interface of what shows it, and those that do nothing."""
+"""Who looks on while a run trains: the interface of what shows it, and the one that shows nothing."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
-
-from dptrain.exchange.verdict import Verdict
-from dptrain.layout import Array
-from dptrain.state import State
 
 
 class Observer(Protocol):
@@ -19,6 +15,9 @@ class Observer(Protocol):
 
     def warned(self, text: str) -> None:
         """Something went wrong that training goes on without."""
+
+    def recovered(self, recovery: Mapping[str, Any]) -> None:
+        """Workers died and the others go on; one of the result's ``recoveries``."""
 
     def finished(self, result: Mapping[str, Any]) -> None:
         """The content of result.json."""
@@ -39,18 +38,11 @@ class Unwatched:
     def warned(self, text: str) -> None:
         """See Observer."""
 
+    def recovered(self, recovery: Mapping[str, Any]) -> None:
+        """See Observer."""
+
     def finished(self, result: Mapping[str, Any]) -> None:
         """See Observer."""
 
     def close(self) -> None:
         """See Observer."""
-
-
-class Bystander:
-    """The watcher of a worker that isn't the chief: it writes nothing."""
-
-    def stepped(self, state: State, verdict: Verdict) -> None:
-        """See worker.Watcher."""
-
-    def evaluated(self, state: State, figures: dict[str, float], best: Array | None) -> None:
-        """See worker.Watcher."""

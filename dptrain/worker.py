@@ -46,6 +46,22 @@ class Watcher(Protocol):
         """The validation part was evaluated after this state; ``best`` is the best state's vector, if kept."""
 
 
+class Auditor(Protocol):
+    """Looks for silent corruption. All workers call it alike, at every step, and it meets all where it looks."""
+
+    def settle(self) -> None:
+        """Go back to a state that is trusted, where others found, before a death, that this is to be done."""
+
+    def recheck(self, state: State, partials: Partials | None) -> bool:
+        """Have a part of these partials, None for a worker that failed, computed again by another worker.
+
+        False where all have gone back to another state: this step is not to be gone on with.
+        """
+
+    def compare(self, state: State, *, last: bool = False) -> bool:
+        """Compare a state before it is committed, and the ``last`` in any case; False as for ``recheck``."""
+
+
 class StopRequest:
     """Remembers the first signal that asks to end; the loop looks at it between steps."""
 
@@ -70,14 +86,15 @@ class StopRequest:
 
 
 class Worker:
-    """One worker's part of a run. All workers of an exchange call ``run`` with the same state.
+    """One worker's part of a run. All workers of an exchange call ``run``, from the same state.
 
-    ``phases``, which begins to count with the run, is handed to all that works here.
+    ``phases`` is handed to all that works here.
     """
 
     def __init__(
         self,
         *,
+        state: State,
         accumulator: Accumulator,
         evaluator: Evaluator,
         exchange: Exchange,
@@ -90,6 +107,7 @@ class Worker:
         skip_non_finite: bool,
         keep_best: bool,
     ) -> None:
+        self.state = state
         self.accumulator = accumulator
         self.evaluator = evaluator
         self.exchange = exchange
@@ -105,25 +123,37 @@ class Worker:
         self.compute_seconds = 0.0
         self.wait_seconds = 0.0
         self.stopped_by = 0
+        self.verdict: Verdict | None = None
+        self.figures: dict[str, float] = {}
+        self.auditor: Auditor | None = None
         self._pending: BaseException | None = None
         self._plan = accumulator.schedule(*exchange.membership.mine)
 
-    def run(self, state: State) -> State:
-        """Train until the rule, or a signal that any worker got, ends it; returns the last committed state."""
-        self.phases.start()
-        with np.errstate(all="ignore"):
-            while not self.rule.done(state) and not self.stopped_by:
-                state, verdict = self.step(state)
-                self._watch(lambda s=state, v=verdict: self.watcher.stepped(s, v))  # type: ignore[misc]
-                if self.rule.evaluates(state):
-                    state = self.judge(state)
-        together(self.exchange.communicator, "the end of training", self._raise_pending)
-        return state
+    def run(self) -> State:
+        """Train until the rule, or a signal that any worker got, ends it; returns the last committed state.
 
-    def step(self, state: State) -> tuple[State, Verdict]:
+        Every committed state is ``state`` at once, so that after WorkerLost it can be gone on from.
+        """
+        auditor = self.auditor
+        with np.errstate(all="ignore"):
+            if auditor is not None:
+                auditor.settle()
+            while True:
+                if self.rule.evaluates(self.state):
+                    self.judge()
+                elif self.rule.done(self.state) or self.stopped_by:
+                    if auditor is None or auditor.compare(self.state, last=True):
+                        break
+                else:
+                    self.step()
+        together(self.exchange.communicator, "the end of training", self._raise_pending)
+        return self.state
+
+    def step(self) -> None:
         """One iteration. A failure here is told to all workers before it is raised."""
+        state = self.state
         started = time.perf_counter()
-        self.phases.step = state.step + 1
+        self.phases.at(state.step + 1)
         failure: BaseException | None = None
         try:
             self._raise_pending()
@@ -131,6 +161,8 @@ class Worker:
         except BaseException as error:  # a model's sys.exit() must not leave the others waiting
             failure, partials = error, self._nothing()
         compute = time.perf_counter() - started
+        if self.auditor is not None and not self.auditor.recheck(state, None if failure else partials):
+            return
         self.phases.begin(Phase.EXCHANGE)
         code = exit_code(failure) if failure else 0
         report = Report(compute=compute, phases=self.phases.seconds, failure=code, signal=self.stop.signal)
@@ -139,23 +171,40 @@ class Worker:
         self.phases.begin(Phase.OTHER)
         self.compute_seconds += compute
         self.wait_seconds += time.perf_counter() - started - compute
-        self.stopped_by = verdict.signal
         if not verdict.finite and not self.skip_non_finite:
             raise self._blame(state)
-        return after, verdict
+        if self.auditor is not None and not self.auditor.compare(after):
+            return
+        self.commit(after, verdict)
 
-    def judge(self, state: State) -> State:
+    def commit(self, state: State, verdict: Verdict) -> None:
+        """All agree that ``state`` comes next."""
+        self.state, self.verdict = state, verdict
+        self.stopped_by = verdict.signal
+        self.try_to_watch(lambda: self.watcher.stepped(state, verdict))
+
+    def judge(self) -> None:
         """Evaluate the validation part and remember what that decides."""
-        figures = self.evaluate(state.weights, self.validation, state.step)
+        self.judged(self.evaluate(self.state.weights, self.validation, self.state.step))
+
+    def judged(self, figures: dict[str, float]) -> None:
+        """What an evaluation of ``state`` decides."""
+        state = self.state
         judgement, improved = self.rule.judge(state.judgement, state.step, figures[self.rule.train.stop.metric])
-        state = state._replace(judgement=judgement)
+        self.state = state = state._replace(judgement=judgement)
+        self.figures = figures
         if improved and self.keep_best:
             if self.best is None:
                 self.best = state.weights.copy()
             else:
                 np.copyto(self.best, state.weights)
-        self._watch(lambda: self.watcher.evaluated(state, figures, self.best))
-        return state
+        self.try_to_watch(lambda: self.watcher.evaluated(state, figures, self.best))
+
+    def renew(self, exchange: Exchange) -> None:
+        """Go on with another exchange of the same state: other workers, other shards."""
+        self.exchange = exchange
+        exchange.phases = self.phases
+        self._plan = self.accumulator.schedule(*exchange.membership.mine)
 
     def evaluate(self, weights: Array, part: Rows, step: int) -> dict[str, float]:
         """Loss and metrics over a part, the blocks shared among the workers, the same bits for any number."""
@@ -177,7 +226,7 @@ class Worker:
         self.phases.begin(Phase.OTHER)
         return figures
 
-    def _watch(self, action: Callable[[], None]) -> None:
+    def try_to_watch(self, action: Callable[[], None]) -> None:
         """Let the watcher act; what it raises is told to all workers with the next step."""
         try:
             action()

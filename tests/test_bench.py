@@ -1,17 +1,21 @@
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench import report, rows, spawn
-from bench.comparisons import steps
-from bench.contestants import ours
+from bench.comparisons import recovery, steps, survival
+from bench.contestants import ours, running, survivable
 from bench.contestants.numpy_model import Network
 from bench.interleave import Runs, interleaved
 from bench.spawn import NotRun
 from bench.workload import CASES, DATA_ROWS, MODELS, Model, Workload
+from dptrain import board
+from dptrain.launch import library
+from dptrain.supervise import PAUSE
 
 SMALL = Model(
     "small",
@@ -94,6 +98,22 @@ def test_a_contestant_with_another_loss_is_flagged():
     assert "other work" in steps._table(figures)
 
 
+def test_products_by_mkl_are_a_row_only_where_all_runs_have_them():
+    limit = {steps.RATE: 1.0, "products_samples_per_second": 2.0}
+    both = {**limit, "mkl_products_samples_per_second": 3.0}
+    without, with_mkl = (steps._figures(CASES["mlp-32"], {"limit": Runs([some])}) for some in (limit, both))
+    assert "limit-products" in without
+    assert "limit-products-mkl" not in without
+    assert with_mkl["limit-products-mkl"][steps.RATE]["median"] == 3.0
+
+
+def test_an_extra_that_is_not_installed_is_a_reason(work: Workload, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(steps, "find_spec", lambda name: True)
+    monkeypatch.setattr(steps.metadata, "distributions", lambda **some: iter(()))
+    with pytest.raises(NotRun, match=r"pip install '\.\[mkl\]'"):
+        steps.CONTESTANTS["dptrain-mkl"].run(work)
+
+
 def test_what_did_not_run_says_why():
     def fails(repeat: int) -> spawn.Found:
         raise NotRun("no such thing")
@@ -130,3 +150,72 @@ def test_cases_measured_before_stay_only_beside_their_like(tmp_path: Path) -> No
     path = tmp_path / "some.json"
     path.write_text(path.read_text().replace('"cores": ', '"cores": 1'))
     assert report.kept(tmp_path, "some", {"repeats": 5}) == {}
+
+
+def _endless(work: Workload) -> Workload:
+    return work.at(workers=recovery.WORKERS, rows=128, steps=recovery.ENDLESS)
+
+
+@pytest.mark.parametrize(("key", "mpi"), [("ulfm", "Open MPI"), ("restart", "MPICH")])
+def test_a_kill_is_recovered_from_and_timed(
+    work: Workload, key: str, mpi: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BENCH_OPENMPI", raising=False)
+    run = recovery.CONTESTANTS[key].run
+    if library() != mpi:
+        with pytest.raises(NotRun, match=f"needs {mpi}"):
+            run(_endless(work), 1, 0)
+        return
+    found = run(_endless(work), 1, 0)
+    (kill,) = found["kills"]
+    assert kill["victim"] == 0
+    if key == "ulfm":
+        assert kill["lost"] == 0
+        # A restart of the job could not be as quick.
+        assert kill["seconds"] < PAUSE
+    else:
+        # The supervisor's pause is part of it.
+        assert kill["seconds"] > PAUSE
+        assert kill["lost"] < 10 * recovery.CHECKPOINT_SECONDS / kill["usual_step_seconds"]
+    figures = recovery._figures(recovery.CONTESTANTS[key], Runs([found]))
+    assert f"{kill['seconds']:.3f}" in recovery._table({key: figures})
+
+
+def test_a_peer_that_is_missing_says_so(work: Workload, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("BENCH_TORCH", str(python))
+    with pytest.raises(NotRun, match=r"No module named.*BENCH_TORCH can name another Python"):
+        recovery.CONTESTANTS["torchrun"].run(_endless(work), 1, 0)
+
+
+def test_nothing_of_a_command_is_left(tmp_path: Path) -> None:
+    # What is asked to end is the shell; the other is in a session of its own.
+    with running.Command(["sh", "-c", "setsid sleep 600 & echo begun; wait"], tmp_path) as command:
+        assert running.until(lambda: "begun" in command.log.read_text(), 20)
+        pids = running.descendants(command.process.pid)
+        assert len(pids) == 1
+    assert not command.running
+    assert running.until(lambda: all(_over(pid) for pid in pids), 20)
+
+
+def _over(pid: int) -> bool:
+    found = board.process(pid)
+    return found is None or found.state in "ZX"
+
+
+def test_what_survival_takes_is_switched(work: Workload) -> None:
+    given = survivable.launch(work, survivable.Survival(checkpoint_seconds=1e-3))
+    without = survivable.launch(work, survivable.Survival())
+    assert given["checkpoints"] > 0
+    assert without["checkpoints"] == 0
+    off = survivable.Survival(tolerant=False)
+    intolerant = spawn.alone(survival.MODULE, work.text(), off.text())
+    assert [each["tolerant"] for each in (given, intolerant)] == [library() == "Open MPI", False]
+    runs = {"without": Runs([without]), "with": Runs([given])}
+    case = survival._figures(work, runs)
+    assert case["times"]["median"] == pytest.approx(without[steps.RATE] / given[steps.RATE])
+    assert "not run: no such thing" in report.table(
+        [""] * 5, [survival._row("a case", survival._figures(work, {**runs, "with": Runs([], "no such thing")}), 5)]
+    )

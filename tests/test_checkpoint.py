@@ -1,8 +1,11 @@
+import errno
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +52,42 @@ def test_a_snapshot_comes_back_to_the_last_bit(tmp_path: Path, best: bool, dtype
     assert equal(read, saved)
     assert not equal(read, snapshot(8, best=best, dtype=dtype))
     assert checkpoint.judgement_of(read.manifest) == Judgement(0.1 + 0.2, 3, None, 1, 7)
-    assert read.manifest["weights_sha256"] == digest(saved.groups["weights"])
     assert [p.name for p in tmp_path.iterdir()] == ["step-0000000007"]
+
+
+def test_the_memory_of_snapshots_is_used_again(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, LAYOUT, keep=9)
+    first: dict[str, Any] = {}
+    for step in (1, 2, 3):
+        state = State(step, step, np.full(LAYOUT.size, step, np.float32), (), 0)
+        # The best are only there from the second on.
+        taken = Snapshot.of(state, state.weights if step > 1 else None, (), {}, writer.memory())
+        assert all(taken.groups[name] is vector for name, vector in first.items())
+        first = {**first, **taken.groups}
+        writer.start(taken)
+    writer.wait()
+    assert set(first) == {"weights", "best"}
+    found = [float(checkpoint.read(path).groups["weights"][0]) for path in checkpoint.generations(tmp_path)]
+    assert found == [3, 2, 1]
+
+
+def test_memory_is_not_given_away_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Path:
+        begun.set()
+        assert go_on.wait(30)
+        return tmp_path
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    writer = Writer(tmp_path, LAYOUT, keep=1)
+    writer.start(snapshot(1))
+    assert begun.wait(30)
+    assert writer.busy
+    threading.Timer(0.1, go_on.set).start()
+    writer.memory()
+    assert go_on.is_set()
+    assert not writer.busy
 
 
 def test_a_snapshot_is_a_copy() -> None:
@@ -123,10 +160,45 @@ def test_a_flipped_bit_of_any_part_of_the_tensors_is_seen(tmp_path: Path) -> Non
         broken = bytearray(content)
         broken[i] ^= 0x40
         (path / STATE).write_bytes(broken)
-        with pytest.raises(CheckpointError, match=r"expected state.safetensors with the manifest's checksum"):
+        with pytest.raises(CheckpointError, match=r"expected .* with .*the manifest's checksum, found another"):
             checkpoint.read(path)
     (path / STATE).write_bytes(content)
     checkpoint.read(path)
+
+
+def test_the_broken_tensor_is_named(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, snapshot(2), LAYOUT)
+    content = bytearray((path / STATE).read_bytes())
+    content[-1] ^= 1
+    (path / STATE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"expected tensor v/b in state.safetensors with the manifest's checksum"):
+        checkpoint.read(path)
+    (path / STATE).write_bytes(content + b"x")
+    with pytest.raises(CheckpointError, match=rf"expected {len(content)} bytes in state.safetensors"):
+        checkpoint.read(path)
+    content[8] ^= 1
+    (path / STATE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"state.safetensors with a header of the manifest's checksum"):
+        checkpoint.read(path)
+
+
+def test_every_checksum_is_of_what_it_says(tmp_path: Path) -> None:
+    saved = snapshot(2, best=True)
+    path = checkpoint.save(tmp_path, saved, LAYOUT)
+    manifest = checkpoint.read_manifest(path)
+    content = (path / STATE).read_bytes()
+    views = {
+        f"{group}/{name}": vector[entry.start : entry.stop]
+        for group, vector in saved.groups.items()
+        for name, entry in LAYOUT.entries.items()
+        if entry.stop <= len(vector)
+    }
+    assert manifest["tensors"] == {name: digest(view) for name, view in views.items()}
+    whole = hashlib.sha256(content[: manifest["header_bytes"]])
+    for view in views.values():
+        whole.update(hashlib.sha256(view.tobytes()).digest())
+    assert manifest["sha256"] == "sha256:" + whole.hexdigest()
+    assert len(content) == manifest["header_bytes"] + sum(view.nbytes for view in views.values())
 
 
 @pytest.mark.parametrize("content", [b"[]", b"5", b"null", b"{}", b'"x"', b'{"manifest_sha256": 3}', b"\xff"])
@@ -161,7 +233,7 @@ def test_a_checkpoint_of_another_model_or_format_is_refused(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="the tensors of this job's model"):
         checkpoint.read(path, Layout([("a.W", (4, 3))]))
     later = checkpoint.save(tmp_path, snapshot(3, format=99), LAYOUT)
-    with pytest.raises(CheckpointError, match="expected format 1, found format 99"):
+    with pytest.raises(CheckpointError, match="expected format 2, found format 99"):
         checkpoint.read(later)
 
 
@@ -203,10 +275,16 @@ def test_what_a_crash_left_is_cleaned(tmp_path: Path) -> None:
     kept = checkpoint.save(tmp_path, snapshot(1), LAYOUT)
     (tmp_path / ".writing-step-0000000002-123").mkdir()
     (tmp_path / ".writing-step-0000000002-123" / STATE).write_bytes(b"half")
+    (tmp_path / ".writing-result.json-12345678").write_text("{")
     shutil.copytree(kept, tmp_path / f"{kept.name}.old")
     checkpoint.clean(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [kept.name]
     checkpoint.clean(tmp_path / "nowhere")
+    kept.rename(tmp_path / f"{kept.name}.old")
+    assert found(tmp_path) == (1, [])
+    checkpoint.clean(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [kept.name]
+    assert found(tmp_path) == (1, [])
 
 
 def test_a_generation_is_there_at_any_time_while_it_is_replaced(
@@ -226,6 +304,102 @@ def test_a_generation_is_there_at_any_time_while_it_is_replaced(
     assert seen == [(1, [])] * 4
     assert checkpoint.read(checkpoint.generations(tmp_path)[0]).manifest["note"] == "new"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[tuple[str, str]]:
+    """The calls of functions of os, with the name of the file that each concerns."""
+    calls: list[tuple[str, str]] = []
+
+    def recording(name: str) -> Any:
+        real = getattr(os, name)
+
+        def recorded(*arguments: Any, **keywords: Any) -> Any:
+            which = arguments[0]
+            path = os.readlink(f"/proc/self/fd/{which}") if isinstance(which, int) else os.fspath(which)
+            calls.append((name, Path(path).name))
+            return real(*arguments, **keywords)
+
+        return recorded
+
+    for name in names:
+        monkeypatch.setattr(os, name, recording(name))
+    return calls
+
+
+def test_a_save_reserves_writes_flushes_reads_back_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    calls = watch(monkeypatch, "posix_fallocate", "write", "fsync", "posix_fadvise", "preadv", "rename")
+    checkpoint.save(folder, snapshot(1), LAYOUT)
+    once = list(dict.fromkeys(calls))
+    assert [name for name, which in once if which == STATE] == [
+        "posix_fallocate", "write", "fsync", "posix_fadvise", "preadv",
+    ]  # fmt: skip
+    assert [name for name, which in once if which == MANIFEST] == [name for name, which in once if which == STATE]
+    (unfinished,) = {which for _, which in calls if which.startswith(".writing-step-0000000001-")}
+    assert once[:2] == [("fsync", "run"), ("fsync", tmp_path.name)]
+    assert once[-3:] == [("fsync", unfinished), ("rename", unfinished), ("fsync", "checkpoints")]
+    sizes = {name: (folder / "step-0000000001" / name).stat().st_size for name in (STATE, MANIFEST)}
+    assert all(sizes.values())
+
+
+def test_a_file_whose_flush_failed_is_never_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def failing(handle: int) -> None:
+        tried.append(os.readlink(f"/proc/self/fd/{handle}"))
+        raise OSError(errno.EIO, "Input/output error")
+
+    checkpoint.save(tmp_path, snapshot(1), LAYOUT)
+    monkeypatch.setattr(os, "fsync", failing)
+    for _ in range(3):
+        with pytest.raises(StorageError, match="found Input/output error"):
+            checkpoint.save(tmp_path, snapshot(2), LAYOUT)
+        with pytest.raises(OSError, match="Input/output error"):
+            checkpoint.write_durably(tmp_path / "result.json", b"{}")
+    assert len(tried) == len(set(tried)) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000000001"]
+    assert found(tmp_path) == (1, [])
+
+
+def test_what_reads_back_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, snapshot(1), LAYOUT)
+    real = os.preadv
+    for bad in ("other", "short"):
+
+        def lying(handle: int, buffers: Any, at: int, bad: str = bad) -> int:
+            count = real(handle, buffers, at)
+            if bad == "other":
+                buffers[0][0] ^= 1
+            return count if bad == "other" or not at else 0
+
+        monkeypatch.setattr(os, "preadv", lying)
+        with pytest.raises(StorageError, match=r"found state\.safetensors reads back differently"):
+            checkpoint.save(tmp_path, snapshot(2), LAYOUT)
+        assert found(tmp_path) == (1, [])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_short_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: real(handle, data[:7]))
+    saved = snapshot(1, best=True)
+    assert equal(checkpoint.read(checkpoint.save(tmp_path, saved, LAYOUT), LAYOUT), saved)
+
+
+def test_a_half_removed_generation_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, snapshot(step), LAYOUT)
+
+    def half(path: Path, **keywords: Any) -> None:
+        (path / MANIFEST).unlink()
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    checkpoint.prune(tmp_path, 2)
+    assert [path.name for path in checkpoint.generations(tmp_path)] == ["step-0000000003", "step-0000000002"]
+    assert len(list(tmp_path.iterdir())) == 3
+    monkeypatch.undo()
+    checkpoint.clean(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_file_in_the_way_is_a_storage_error(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "dptrain"
 
 FLOORS = [
-    {"errors", "random", "tree", "layout", "arithmetic", "phases", "limits", "cores"},
+    {"errors", "random", "tree", "layout", "arithmetic", "phases", "limits", "cores", "board", "supervision"} | {"mkl"},
     {"job", "data", "nn", "optim"},
     {"state", "checkpoint", "journal", "rundir", "membership", "rule", "fingerprint", "straggler"},
     {"exchange"},
-    {"worker", "watch", "chronicle", "assemble", "beginning", "parts", "trace"},
-    {"training", "plan", "launch", "ranks", "api"},
+    {"worker", "watch", "chronicle", "assemble", "beginning", "parts", "trace", "meeting", "recovery", "watchdog"}
+    | {"corruption"},
+    {"training", "plan", "launch", "ranks", "api", "launcher", "scratch", "supervise"},
     {"cli"},
 ]
 PACKAGES = {"job", "data", "nn", "optim"}
@@ -106,6 +107,7 @@ def test_each_library_has_its_place() -> None:
         ("dptrain", {"numpy", "pydantic", "typer", "rich", "mpi4py", "safetensors"}),
         ("dptrain.ranks", {"numpy", "pydantic", "typer", "rich", "mpi4py", "safetensors"}),
         ("dptrain.cli.main", {"numpy", "pydantic", "typer", "rich", "mpi4py", "safetensors"}),
+        ("dptrain.supervise", {"numpy", "pydantic", "typer", "rich", "mpi4py", "safetensors"}),
         ("dptrain.training", {"pydantic", "typer", "rich", "mpi4py", "pyarrow"}),
     ],
 )

@@ -133,13 +133,15 @@ def test_what_each_mpi_needs_is_set_unless_the_environment_says_otherwise(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_mpirun(elsewhere / "a", "mpirun (Open MPI) 5.0.11")
-    monkeypatch.setattr(launch, "library", lambda: "Open MPI")
+    monkeypatch.setattr(launch, "library_version", lambda: ("Open MPI", "5.0.11"))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     environ = {"PATH": str(elsewhere / "a"), "OMPI_MCA_osc": "mine"}
     argv, env = launch.command(3, ["run", "job.toml"], environ)
     assert argv == [
         str(elsewhere / "a" / "mpirun"),
+        "--with-ft",
+        "ulfm",
         "-n",
         "3",
         sys.executable,
@@ -153,6 +155,8 @@ def test_what_each_mpi_needs_is_set_unless_the_environment_says_otherwise(
     assert env["PRTE_MCA_rmaps_default_mapping_policy"] == ":oversubscribe"
     assert env["OMPI_MCA_osc"] == "mine"
     assert env["OMPI_MCA_mpi_yield_when_idle"] == "1"
+    assert "--with-ft" not in launch.command(3, ["run"], environ | {"DPTRAIN_FT": "off"})[0]
+    assert launch.command(3, ["run"], environ, live=True)[0][1:5] == ["--with-ft", "ulfm", "--output", ":raw"]
 
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     _, env = launch.command(2, ["run"], environ)
@@ -160,11 +164,19 @@ def test_what_each_mpi_needs_is_set_unless_the_environment_says_otherwise(
     assert "OMPI_MCA_mpi_yield_when_idle" not in env
 
 
+def test_an_open_mpi_of_before_has_other_options(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_mpirun(elsewhere / "a", "mpirun (Open MPI) 4.1.4")
+    monkeypatch.setattr(launch, "library_version", lambda: ("Open MPI", "4.1.4"))
+    assert launch.command(3, ["run"], {"PATH": str(elsewhere / "a")}, live=True)[0][1:3] == ["-n", "3"]
+
+
 def test_mpich_needs_nothing(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_mpirun(elsewhere / "a", "HYDRA build details:")
-    monkeypatch.setattr(launch, "library", lambda: "MPICH")
+    monkeypatch.setattr(launch, "library_version", lambda: ("MPICH", "5.0.2"))
     environ = {"PATH": str(elsewhere / "a")}
-    assert launch.command(2, ["run"], environ)[1] == environ
+    argv, env = launch.command(2, ["run"], environ, live=True)
+    assert argv[1:3] == ["-n", "2"]
+    assert env == environ
 
 
 def test_the_library_is_the_one_mpi4py_reports() -> None:

@@ -26,7 +26,7 @@ def test_every_moment_belongs_to_the_phase_that_began_last() -> None:
 def test_starting_forgets_what_was() -> None:
     clock = Clock()
     phases = Phases(clock)
-    phases.step = 3
+    phases.at(3)
     clock.now += 7
     phases.begin(Phase.UPDATE)
     phases.start()

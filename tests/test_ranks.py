@@ -60,7 +60,6 @@ def test_a_model_that_is_not_repeatable_trains_and_promises_nothing(seen: Seen) 
         ("raises while evaluating", 0, 1, "rank 0 at step 5 in evaluation", "RuntimeError"),
         ("raises while probing", 1, 1, "rank 1 at step 0 in probing the arithmetic", "RuntimeError"),
         ("observer", 0, 1, "rank 0 at step 1 in forward and backward", "BrokenPipeError: gone"),
-        ("full disk", 0, 2, "step-0000000020", "expected to be written"),
         ("other job", 0, 2, "checkpoint", "another job's"),
         ("no data", 0, 2, "nowhere.csv", ""),
     ],
@@ -215,6 +214,12 @@ def test_a_program_of_ones_own_ends_on_all_ranks(tmp_path: Path) -> None:
     assert re.search(r"WorkerCrashed: rank 1 at step \d+ in forward and backward: .*no more of this", done.stderr)
 
 
+def test_a_run_that_is_done_lacks_nothing_where_its_checkpoints_could_not_be_written(seen: Seen) -> None:
+    for rank in range(3):
+        assert seen[rank]["full disk"]["state"] == "done"
+        assert seen[rank]["full disk"]["weights_sha256"] == seen[rank]["softmax"]["weights_sha256"]
+
+
 class Told(Alone):
     """A communicator that remembers what rank 0 says, or says it."""
 
@@ -259,4 +264,16 @@ def test_a_follower_does_what_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr("dptrain.ranks._connect", lambda place: Told(word))
     monkeypatch.setattr("dptrain.ranks.train", train)
     assert follow(place) == 0
-    assert seen == [(it, {**options, "observer": None})]
+    assert seen == [(it, {**options, "observer": None, "successor": None})]
+
+
+def test_a_follower_that_becomes_the_chief_shows_what_the_first_one_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dptrain.job.spec import plain
+
+    place = Announced(1, 2, "openmpi")
+    word = {"job": plain(load_job(None)), "options": {}, "shown": {"mode": "plain"}}
+    monkeypatch.setattr("dptrain.ranks._connect", lambda place: Told(word))
+    made: list[Any] = []
+    monkeypatch.setattr("dptrain.ranks.train", lambda communicator, job, **options: made.append(options["successor"]()))
+    assert follow(place, lambda shown: ("made of", shown)) == 0  # type: ignore[return-value, arg-type]
+    assert made == [("made of", {"mode": "plain"})]

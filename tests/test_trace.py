@@ -36,7 +36,7 @@ class Pair(Alone):
     """One of two workers in two threads of this process."""
 
     def __init__(self, rank: int, boxes: list["Queue[Any]"]) -> None:
-        self.rank, self.size, self.boxes = rank, 2, boxes
+        self.rank, self.size, self.members, self.boxes = rank, 2, (0, 1), boxes
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message], phase: str) -> Any:
         for message in sends:
@@ -150,7 +150,7 @@ def test_a_worker_whose_clock_drifts_is_put_in_step(tmp_path: Path) -> None:
             if communicator.rank == 0:
                 base[0] += 1.0
             communicator.allgather_json(0, "x")
-            made.phases.step = step
+            made.phases.at(step)
             made.phases.begin(Phase.FORWARD)
         made.phases.begin(Phase.OTHER)
         return made.write(f"host{communicator.rank}", {})

@@ -313,17 +313,29 @@ def test_an_exception_of_the_observer_ends_the_run(tmp_path: Path) -> None:
         dptrain.train(JOBS["momentum"], run_dir=tmp_path, observer=Failing())
 
 
-def test_training_goes_on_without_checkpoints_but_ends_as_failed(tmp_path: Path) -> None:
-    class Blocked(StopAt):
-        def started(self, info: Mapping[str, Any]) -> None:
-            (tmp_path / "checkpoints").write_text("in the way")
+class Blocked(StopAt):
+    """Puts something in the place of checkpoints."""
 
+    def started(self, info: Mapping[str, Any]) -> None:
+        (Path(info["run_dir"]) / "checkpoints").write_text("in the way")
+
+
+def test_training_goes_on_and_ends_without_checkpoints_aloud(
+    straight: dict[str, dptrain.Result], tmp_path: Path
+) -> None:
     observer = Blocked()
-    it = job(LAYERS, output={"checkpoint_steps": 5})
-    with pytest.raises(StorageError, match="step-0000000020: expected to be written"):
-        dptrain.train(it, run_dir=tmp_path, observer=observer)
+    result = dptrain.train(job(LAYERS, output={"checkpoint_steps": 5}), run_dir=tmp_path, observer=observer)
     assert any("training goes on without a new checkpoint: " in text for text in observer.warnings)
+    assert "the run ends without a last checkpoint: " in observer.warnings[-1]
+    assert "step-0000000020: expected to be written" in observer.warnings[-1]
     assert [line["step"] for line in read_steps(tmp_path / rundir.JOURNAL)] == list(range(1, 21))
+    assert (result.state, result.weights_sha256) == ("done", straight["momentum"].weights_sha256)
+    assert (tmp_path / rundir.RESULT).exists()
+
+
+def test_a_run_that_is_stopped_needs_its_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"step-00000000(07|08): expected to be written"):
+        dptrain.train(JOBS["momentum"], run_dir=tmp_path, observer=Blocked(7))
     assert not (tmp_path / rundir.RESULT).exists()
 
 
@@ -363,7 +375,8 @@ def test_a_disk_that_fills_up_ends_a_run_that_went_on(tmp_path: Path) -> None:
     assert "warned: training goes on without a new checkpoint: " in told
     assert "warned: training goes on without a journal: " in told
     (failed,) = [line for line in told.splitlines() if line.startswith("failed: ")]
-    assert failed.startswith("failed: 2 checkpoint ")
+    assert "warned: the run ends without a last checkpoint: " in told
+    assert failed.startswith(f"failed: 2 {tmp_path / rundir.WEIGHTS}: ")
     assert "File too large" in failed
     assert not (tmp_path / rundir.RESULT).exists()
     observer = StopAt()

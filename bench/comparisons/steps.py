@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,11 +36,15 @@ class Contestant:
     several: bool = False
 
 
-def _ours(exchange: str, shards: int = 0, compiled: str = "never") -> Callable[[Workload], Found]:
+def _ours(
+    exchange: str, shards: int = 0, compiled: str = "never", products: str = "numpy"
+) -> Callable[[Workload], Found]:
     def run(work: Workload) -> Found:
         if compiled == "auto" and not find_spec("numba"):
             raise NotRun("numba is not installed: pip install '.[compiled]'")
-        arguments = (work.text(), str(shards or work.workers), exchange, compiled)
+        if products == "mkl" and not any(metadata.distributions(name="mkl")):
+            raise NotRun("MKL is not installed: pip install '.[mkl]'")
+        arguments = (work.text(), str(shards or work.workers), exchange, compiled, products)
         if work.workers == 1:
             return spawn.alone("bench.contestants.ours", *arguments)
         return spawn.mpirun(work.workers, "bench.contestants.ours", *arguments)
@@ -86,6 +91,9 @@ CONTESTANTS = {
     "dptrain-compiled": Contestant(
         "dptrain, shards = workers, extra `compiled`", "ours", _ours("auto", compiled="auto")
     ),
+    "dptrain-mkl": Contestant(
+        "dptrain, shards = workers, extras `compiled` and `mkl`", "ours", _ours("auto", compiled="auto", products="mkl")
+    ),
     "dptrain-8": Contestant("dptrain, 8 shards", "ours", _ours("auto", 8), several=True),
     "dptrain-segments": Contestant("dptrain, shards = workers, messages", "ours", _ours("segments"), several=True),
     "dptrain-allreduce": Contestant("dptrain, `allreduce`", "ours", _ours("allreduce"), several=True),
@@ -104,7 +112,11 @@ CONTESTANTS = {
     "limit": Contestant("limit: products + exchange's bytes", "limit", _mpi("bench.contestants.limits")),
 }
 
-PRODUCTS = "limit: products alone, numpy's BLAS"
+PRODUCTS = {
+    "limit-products": ("limit: products alone, numpy's BLAS", "products_samples_per_second"),
+    "limit-products-mkl": ("limit: products alone, MKL", "mkl_products_samples_per_second"),
+}
+"""Rows that the limit's runs give besides, and their figure; MKL's where it is installed."""
 
 
 def main(options: Options) -> None:
@@ -159,14 +171,15 @@ def _figures(work: Workload, runs: Mapping[str, Runs]) -> dict[str, Any]:
             figures["loss"] = losses[key]
             figures["same_work"] = abs(losses[key] - middle) <= LOSS_TOLERANCE * middle
         found[key] = figures
-    if "limit" in found and runs["limit"].found:
-        rate = "products_samples_per_second"
-        figures = {"name": PRODUCTS, "kind": "limit", RATE: spread(runs["limit"].values(rate))}
+    for key, (name, rate) in PRODUCTS.items():
+        if "limit" not in runs or not all(rate in some for some in runs["limit"].found) or not runs["limit"].found:
+            continue
+        figures = {"name": name, "kind": "limit", RATE: spread(runs["limit"].values(rate))}
         for reference in ("ddp", "torch"):
             if reference in runs and runs[reference].found:
                 pairs = zip(runs["limit"].values(rate), runs[reference].values(RATE), strict=False)
                 figures[f"times_{reference}"] = spread([a / b for a, b in pairs])
-        found["limit-products"] = figures
+        found[key] = figures
     return found
 
 

@@ -10,6 +10,9 @@ import numpy as np
 from mpi4py import MPI
 
 from bench.workload import Model, Workload
+from dptrain.errors import ArithmeticMismatch
+from dptrain.job import spec
+from dptrain.nn.products import Matmul, maker, numpy_matmul
 
 ITEM = 4
 """Bytes of a float32."""
@@ -22,7 +25,7 @@ SECONDS = 1.0
 Product = Callable[[], object]
 
 
-def products(model: Model, rows: int) -> list[Product]:
+def products(model: Model, rows: int, matmul: Matmul = numpy_matmul) -> list[Product]:
     """Every matrix product of one step on ``rows`` rows: forward, weight gradients, and input gradients but the first.
 
     Of a convolution they are those of the windows laid out as rows, some images at a time.
@@ -30,21 +33,21 @@ def products(model: Model, rows: int) -> list[Product]:
     found: list[Product] = []
     for i, (layer, before, after) in enumerate(model.tensors()):
         if layer["type"] == "linear":
-            found += _three(rows, before[0], after[0], 1, first=i == 0)
+            found += _three(matmul, rows, before[0], after[0], 1, first=i == 0)
         elif layer["type"] == "conv2d":
             windows, fan_in = math.prod(after[:2]), layer["kernel"] ** 2 * before[2]
             images = max(1, min(rows, BLOCK // (windows * fan_in * ITEM)))
-            found += _three(images * windows, fan_in, after[2], -(-rows // images), first=i == 0)
+            found += _three(matmul, images * windows, fan_in, after[2], -(-rows // images), first=i == 0)
     return found
 
 
-def _three(m: int, k: int, n: int, times: int, *, first: bool) -> list[Product]:
+def _three(matmul: Matmul, m: int, k: int, n: int, times: int, *, first: bool) -> list[Product]:
     rng = np.random.default_rng(0)
     x, W, dy = (rng.standard_normal(shape, dtype=np.float32) for shape in ((m, k), (k, n), (m, n)))
     y, dW, dx = np.empty_like(dy), np.empty_like(W), np.empty_like(x)
-    some: list[Product] = [lambda: np.matmul(x, W, out=y), lambda: np.matmul(x.T, dy, out=dW)]
+    some: list[Product] = [lambda: matmul(x, W, out=y), lambda: matmul(x.T, dy, out=dW)]
     if not first:
-        some.append(lambda: np.matmul(dy, W.T, out=dx))
+        some.append(lambda: matmul(dy, W.T, out=dx))
     return some * times
 
 
@@ -84,17 +87,32 @@ def _quickest(action: Product, comm: MPI.Comm, seconds: float) -> float:
     return min(rounds)
 
 
-def main(work: Workload) -> None:
-    """Measure both for the workload and print what samples a second they allow."""
-    comm = MPI.COMM_WORLD
-    some = products(work.network, work.rows)
+def products_seconds(work: Workload, comm: MPI.Comm, matmul: Matmul = numpy_matmul) -> float:
+    """The quickest time of all products of a step."""
+    some = products(work.network, work.rows, matmul)
 
     def every() -> None:
         for product in some:
             product()
 
-    computing = _quickest(every, comm, SECONDS)
+    return _quickest(every, comm, SECONDS)
+
+
+def mkl_products_seconds(work: Workload, comm: MPI.Comm) -> float:
+    """The same by MKL, set as dptrain sets it; 0 where it can't be had."""
+    try:
+        matmul = maker(spec.Arithmetic(products="mkl"))
+    except ArithmeticMismatch:
+        return 0.0
+    return products_seconds(work, comm, matmul)
+
+
+def main(work: Workload) -> None:
+    """Measure both for the workload and print what samples a second they allow."""
+    comm = MPI.COMM_WORLD
+    computing = products_seconds(work, comm)
     exchanging = pass_seconds(exchange_bytes(work.network.parameters, work.workers), comm, SECONDS / 2)
+    by_mkl = mkl_products_seconds(work, comm)
     if comm.rank == 0:
         found = {
             "products_seconds": computing,
@@ -102,6 +120,8 @@ def main(work: Workload) -> None:
             "products_samples_per_second": work.batch / computing,
             "samples_per_second": work.batch / (computing + exchanging),
         }
+        if by_mkl:
+            found["mkl_products_samples_per_second"] = work.batch / by_mkl
         print(json.dumps(found), flush=True)
 
 

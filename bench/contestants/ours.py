@@ -26,7 +26,7 @@ class Lines(Unwatched):
         self.lines.append(line)
 
 
-def job(work: Workload, shards: int, exchange: str, compiled: str = "never") -> Job:
+def job(work: Workload, shards: int, exchange: str, compiled: str = "never", products: str = "numpy") -> Job:
     """The workload as a job of ``shards`` shards."""
     layers = [
         {**layer, "init": "uniform"} if layer["type"] in ("linear", "conv2d") else dict(layer)
@@ -39,7 +39,7 @@ def job(work: Workload, shards: int, exchange: str, compiled: str = "never") -> 
         "optimizer": {"lr": work.lr, "momentum": work.momentum},
         "train": {"batch_size": work.batch, "shards": shards, "steps": work.total_steps},
         "exchange": {"type": exchange},
-        "arithmetic": {"compiled": compiled},
+        "arithmetic": {"compiled": compiled, "products": products},
         "output": {"checkpoint_seconds": 0.0},
     }
     return complete(check(content, work.model))
@@ -75,12 +75,12 @@ def measured(work: Workload, lines: Sequence[Mapping[str, Any]]) -> dict[str, fl
     }
 
 
-def main(work: Workload, shards: int, exchange: str, compiled: str) -> None:
+def main(work: Workload, shards: int, exchange: str, compiled: str, products: str = "numpy") -> None:
     """Train and print what it came to."""
     observer = Lines()
-    run(job(work, shards, exchange, compiled), observer)
+    run(job(work, shards, exchange, compiled, products), observer)
     print(json.dumps(measured(work, observer.lines)), flush=True)
 
 
 if __name__ == "__main__":
-    main(Workload.parse(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(Workload.parse(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6])

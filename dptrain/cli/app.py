@@ -94,11 +94,21 @@ def run(
         Path | None,
         typer.Option("--trace", metavar="FILE", help="Write where every worker's time goes, for ui.perfetto.dev."),
     ] = None,
+    max_restarts: Annotated[
+        int | None,
+        typer.Option(
+            "--max-restarts",
+            metavar="K",
+            min=0,
+            help="With -n: start again from the newest checkpoint after the whole job's death, at most K times in a "
+            "row without a newer one. Default: 3.",
+        ),
+    ] = None,
 ) -> None:
     """Train a job. Under mpirun this is one worker; with -n it starts mpirun itself; with neither it is alone."""
     from dptrain.cli.run import Request, train
 
-    asked = Request(job, tuple(sets or ()), n, run_dir, resume, progress.value, trace)
+    asked = Request(job, tuple(sets or ()), n, run_dir, resume, progress.value, trace, max_restarts)
     raise typer.Exit(train(asked, context.obj.place, context.obj.leader))
 
 

@@ -2,10 +2,15 @@
 
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from dptrain import launch
-from dptrain.errors import DptrainError, PeerFailed, exit_code
+from dptrain import launch, supervision
+from dptrain.errors import DeadlineError, DptrainError, PeerFailed, WorkerLost, exit_code
+
+if TYPE_CHECKING:
+    from dptrain.cli.progress import Silent
 
 _GLOBAL = frozenset({"-h", "--help", "--version"})
 
@@ -14,30 +19,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``dptrain ARGUMENTS`` (default: the process's own) and exit with its code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     place = launch.announced(os.environ)
+    if place.alone:
+        sys.exit(_code_of(lambda: _command_line(argv, place, None), place))
+    code = _code_of(lambda: _worker(argv, place), place)
+    mpi = sys.modules.get("dptrain.exchange.mpi")
+    if mpi is not None and mpi.survived:
+        mpi.end(code)
+    sys.exit(code)
+
+
+def _code_of(action: Callable[[], None], place: launch.Announced) -> int:
+    """Do something that may leave by any way, and return the exit code it leaves with."""
     try:
-        if place.alone:
-            _command_line(argv, place, None)
-        else:
-            launch.refuse_mismatch(place, launch.library())
-            _worker(argv, place)
+        action()
+    except SystemExit as leaving:
+        if isinstance(leaving.code, str):
+            print(leaving.code, file=sys.stderr)
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except DptrainError as error:
         tell(error, place)
-        sys.exit(exit_code(error))
+        return exit_code(error)
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    except Exception as error:
+        traceback.print_exception(error)
+        supervision.failed(1, f"{type(error).__name__}: {error}")
+        return 1
+    return 0
 
 
 def _worker(argv: list[str], place: launch.Announced) -> None:
     from dptrain.ranks import follow, lead
 
+    launch.refuse_mismatch(place, launch.library())
+    supervision.die_with_launcher()
     if place.rank:
-        sys.exit(follow(place))
+        sys.exit(follow(place, _inherit))
     with lead(place) as leader:
-        try:
-            _command_line(argv, place, leader)
-        except DptrainError as error:
-            tell(error, place)
-            raise SystemExit(exit_code(error)) from None
+        sys.exit(_code_of(lambda: _command_line(argv, place, leader), place))
+
+
+def _inherit(shown: Any) -> "Silent":
+    from dptrain.cli.progress import observer
+
+    return observer(shown["mode"], shown["width"], shown["resume"])
 
 
 def _command_line(argv: list[str], place: launch.Announced, leader: object) -> None:
@@ -59,11 +84,11 @@ def _command_line(argv: list[str], place: launch.Announced, leader: object) -> N
 def tell(error: DptrainError, place: launch.Announced) -> None:
     """One line on stderr; nothing for a failure that another worker tells itself, or that the first tells for all."""
     if os.environ.get("DPTRAIN_TRACEBACK", "") not in ("", "0"):
-        import traceback
-
         traceback.print_exception(error)
     if isinstance(error, PeerFailed) or (error.everywhere and place.rank):
         return
     said = " ".join(str(error).split())
+    if not isinstance(error, (WorkerLost, DeadlineError)):
+        supervision.failed(exit_code(error), said)
     rank = "" if place.alone or said.startswith("rank ") else f"rank {place.rank}: "
     print(f"dptrain: {rank}{said}", file=sys.stderr, flush=True)

@@ -91,12 +91,19 @@ MEANINGS = {
     "arithmetic.kernels": "native: this CPU's kernels. portable: kernels every x86-64 machine with AVX2 has, so that "
     "different machines agree.",
     "arithmetic.threads": "Threads of BLAS in each worker.",
+    "arithmetic.products": "What makes the layers' matrix products: numpy's BLAS, or Intel's MKL (extra mkl), "
+    "which is faster on Intel CPUs and gives other bits.",
     "arithmetic.accept_other": "Resume a checkpoint made with other arithmetic; gives up the promise of the same bits.",
     "arithmetic.compiled": "Use numba, where installed, for what it makes faster with the same bits.",
-    "exchange.type": "auto: solo for one worker, segments for several. allreduce does not promise the same bits for "
+    "exchange.type": "auto: solo for one worker, node for several. allreduce does not promise the same bits for "
     "another number of workers.",
     "exchange.coordinators": "How many workers share the update; 0: all.",
     "exchange.deadline": "Seconds that a worker waits for the others before it gives up.",
+    "exchange.hang_seconds": "Seconds without a sign of life, or ten steps, after which a worker is ended; 0: never.",
+    "exchange.compare_steps": "Steps between comparisons of weights and optimizer state among machines (segments, "
+    "allreduce: among workers); who differs is left behind; 0: never.",
+    "exchange.recheck_steps": "Steps between rechecks, in which a worker computes some of another's shards too; "
+    "0: never.",
     "output.runs": "The folder in which runs get their directories.",
     "output.journal_steps": "Steps between lines of journal.jsonl; 0: as often as keeps it small.",
     "output.checkpoint_seconds": "Seconds between checkpoints; 0: none by time.",

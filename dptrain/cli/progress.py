@@ -52,6 +52,10 @@ class Silent:
         """Something a person should know, which does not end the run."""
         print(f"dptrain: {text}", file=sys.stderr, flush=True)
 
+    def recovered(self, recovery: Mapping[str, Any]) -> None:
+        """Workers died, and the others go on."""
+        self.warned(survived(recovery))
+
     def finished(self, result: Mapping[str, Any]) -> None:
         """The run has ended, at its goal or because it was asked to."""
         print("\n".join(closing(result, self.run_dir, self.resume, self.trace)), file=self.out, flush=True)
@@ -74,6 +78,8 @@ class Plain(Silent):
     def started(self, info: Mapping[str, Any]) -> None:
         """See Silent."""
         super().started(info)
+        if info.get("succeeds"):
+            return
         print(pairs(_heading(info)), file=self.out, flush=True)
         for note in info.get("notes") or ():
             self.warned(note)
@@ -113,9 +119,10 @@ class Bar(Silent):
         self._console = Console(
             file=self.out, force_terminal=True, width=max(10, self.width - 1), highlight=False, soft_wrap=False
         )
-        self._console.print(f"[bold]{info.get('name', 'job')}[/]  {pairs(_heading(info, name=False))}", markup=True)
-        for note in info.get("notes") or ():
-            self.warned(note)
+        if not info.get("succeeds"):
+            self._console.print(f"[bold]{info.get('name', 'job')}[/]  {pairs(_heading(info, name=False))}", markup=True)
+            for note in info.get("notes") or ():
+                self.warned(note)
         self._progress = _bar(self._console, self.width)
         self._task = self._progress.add_task(
             "", total=info.get("total_steps"), completed=int(info.get("step") or 0), epoch="", figures=""
@@ -196,6 +203,17 @@ def _heading(info: Mapping[str, Any], name: bool = True) -> dict[str, Any]:
 def evaluated(line: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of an evaluation in a journal line, under the names they are shown by."""
     return {f"validation.{key}": value for key, value in (line.get("metrics") or {}).items()}
+
+
+def survived(recovery: Mapping[str, Any]) -> str:
+    """One line on a recovery: who died, where, at which step, how long it took."""
+    dead = []
+    for entry in recovery["died"]:
+        where = "" if entry.get("phase") is None else f" at step {entry['step']} in {entry['phase']}"
+        dead.append(f"rank {entry['rank']} ({entry['host']}) {'hung' if entry.get('hung') else 'died'}{where}")
+    left = "1 worker goes on" if recovery["workers"] == 1 else f"{recovery['workers']} workers go on"
+    again = "; ".join(dead) or "the workers met anew"
+    return f"{again}: {left} from step {recovery['step']} after {1000 * recovery['seconds']:.0f} ms"
 
 
 def closing(result: Mapping[str, Any], run_dir: str, resume: Sequence[str], trace: str = "") -> list[str]:

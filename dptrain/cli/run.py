@@ -1,12 +1,16 @@
 """``dptrain run``: here, among the workers of a launcher, or by starting one."""
 
+import contextlib
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dptrain import launch
 from dptrain.cli import terminal
 from dptrain.cli.progress import Mode, observer
+from dptrain.errors import UsageError
 
 
 class Request(NamedTuple):
@@ -19,9 +23,10 @@ class Request(NamedTuple):
     resume: bool = False
     progress: Mode = "auto"
     trace: Path | None = None
+    max_restarts: int | None = None
 
     def argv(self, place: bool = True) -> list[str]:
-        """The arguments that ask for the same again, without ``-n``; ``place`` False leaves out what this run wrote."""
+        """The arguments that ask a worker for the same again; ``place`` False leaves out what this run wrote."""
         argv = ["run"] + ([str(self.job)] if self.job is not None else [])
         for assignment in self.sets:
             argv += ["--set", assignment]
@@ -36,6 +41,13 @@ def train(request: Request, place: launch.Announced, leader: Any) -> int:
     """Train as asked and return the exit code. Raises DptrainError."""
     if request.n is not None:
         launch.refuse_count(request.n, place)
+    if request.max_restarts is not None and (request.n is None or place.rank is not None):
+        raise UsageError(
+            "--max-restarts",
+            expected="-n N outside of a launcher: whoever starts the workers supervises them",
+            found="a launcher" if place.rank is not None else "no -n",
+            cure="say `dptrain run -n N`, or leave it out and go on with --resume",
+        )
     width = terminal.width(place)
     if request.n is not None and request.n > 1 and place.alone:
         return _start(request, width)
@@ -44,7 +56,8 @@ def train(request: Request, place: launch.Announced, leader: Any) -> int:
     from dptrain.job.load import load_job
 
     job = load_job(job_path(request.job), request.sets, os.environ)
-    shown = observer(request.progress, width, _again(request, place))
+    again = _again(request, place)
+    shown = observer(request.progress, width, again)
     keywords = {"run_dir": request.run_dir, "resume": request.resume, "trace": request.trace, "observer": shown}
     try:
         if leader is None:
@@ -52,23 +65,78 @@ def train(request: Request, place: launch.Announced, leader: Any) -> int:
 
             alone(job, **keywords)
         else:
-            leader.train(job, **keywords)
+            leader.train(job, **keywords, shown={"mode": request.progress, "width": width, "resume": again})
     finally:
         shown.close()
     return 0
 
 
 def _start(request: Request, width: int | None) -> int:
-    from dptrain.cli.mpirun import supervise
-    from dptrain.job.load import load_job
+    from dptrain.job.load import NOT_KEYS, load_job
+    from dptrain.launcher import Start
+    from dptrain.supervise import MAX_RESTARTS, supervise
 
-    assert request.n is not None
+    n, environ = request.n, dict(os.environ)
+    assert n is not None
     # A wrong key is told here, once, before anything is started.
-    load_job(job_path(request.job), request.sets, os.environ)
+    load_job(job_path(request.job), request.sets, environ)
     mode = request.progress if request.progress != "auto" else "plain" if width is None else "bar"
-    argv, env = launch.command(request.n, request.argv(), os.environ)
-    env["DPTRAIN_PROGRESS"] = mode
-    return supervise(argv, env, launch.library())
+    environ["DPTRAIN_PROGRESS"] = mode
+    keyless = {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith("DPTRAIN_") or name.removeprefix("DPTRAIN_") in NOT_KEYS
+    }
+    ours = request.run_dir is not None and not _taken(request.run_dir)
+    started = False
+
+    def start(run_dir: Path | None) -> Start:
+        nonlocal started
+        again = request
+        if run_dir is not None:
+            # What was edited meanwhile must not change the job.
+            again = request._replace(job=run_dir / "job.toml", sets=(), run_dir=run_dir, resume=True)
+        elif started and ours:
+            # What is in there by now is this run's, whether or not a worker lived to say so.
+            again = request._replace(resume=True)
+        started = True
+        said = environ if run_dir is None else keyless
+        return Start(*launch.command(n, again.argv(), said, live=mode == "bar"), n)
+
+    def by_hand(run_dir: Path | None) -> str:
+        again = request if run_dir is None else request._replace(run_dir=run_dir, resume=True)
+        return shlex.join(["dptrain", *again.argv(), "-n", str(n)])
+
+    def tell(text: str) -> None:
+        if mode == "bar":
+            _mend_terminal()
+        print(f"dptrain: {text}", file=sys.stderr, flush=True)
+
+    restarts = MAX_RESTARTS if request.max_restarts is None else request.max_restarts
+    code = 1
+    try:
+        code = supervise(start, by_hand, tell, restarts)
+    finally:
+        if code and mode == "bar":
+            _mend_terminal()
+    return code
+
+
+def _taken(path: Path) -> bool:
+    """Whether something is there before this run; it is a worker's to judge what."""
+    try:
+        return any(path.iterdir())
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def _mend_terminal() -> None:
+    """Put a terminal in order on which a worker drew a bar when it died."""
+    with contextlib.suppress(OSError):
+        sys.stdout.write("\n\x1b[?25h")
+        sys.stdout.flush()
 
 
 def _again(request: Request, place: launch.Announced) -> list[str]:

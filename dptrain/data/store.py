@@ -5,6 +5,7 @@ import math
 import mmap
 import os
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
@@ -79,8 +80,10 @@ class Opened:
             self.array = _embedded(store)
             return
         try:
-            with open(store.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._handle = os.open(store.path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._handle)
+            self._modified = os.fstat(self._handle).st_mtime_ns
+            self._map = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), store.path) from error
         self.check()
@@ -94,17 +97,25 @@ class Opened:
         self.array = flat.reshape(store.shape)
 
     def check(self) -> None:
-        """Raise DataError where the file has another size than it was described with.
+        """Raise DataError where the file was changed since it was opened.
 
         To be called before a mapped array is touched: reading behind the end of a file kills the process.
         """
-        if self._map is not None and self._map.size() != self.store.size:
-            raise DataError(
-                self.store.path,
-                expected=f"{self.store.size} bytes, as when it was opened",
-                found=f"{self._map.size()} bytes",
-                cure="don't change data files while a job reads them; start again",
-            )
+        if self._map is None:
+            return
+        found = os.fstat(self._handle)
+        if found.st_size != self.store.size:
+            raise self._changed(f"{self.store.size} bytes", f"{found.st_size} bytes")
+        if found.st_mtime_ns != self._modified:
+            raise self._changed("the same content", "that it was written to since")
+
+    def _changed(self, expected: str, found: str) -> DataError:
+        return DataError(
+            self.store.path,
+            expected=f"{expected}, as when it was opened",
+            found=found,
+            cure="don't change data files while a job reads them; start again",
+        )
 
 
 def _embedded(store: Store) -> Array:

@@ -5,12 +5,13 @@ DeadlineError naming the phase when it passes.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from dptrain.board import Cell, private
 from dptrain.layout import Array
 
 
@@ -30,14 +31,24 @@ class Posted(Protocol):
 
 
 class Communicator(Protocol):
-    """A fixed group of workers."""
+    """A group of workers. Where it ``survives`` deaths, a call that a death disturbs raises WorkerLost.
+
+    Then, and when a worker has settled all it had to do, all that live ``meet``; afterwards ``rank``, ``size`` and
+    ``members``, the ranks that the present workers had at first, are new.
+    """
 
     rank: int
     size: int
+    members: tuple[int, ...]
+    survives: bool
+    cell: Cell
+    """Where every poll of a wait is counted."""
     library: str
     deadline: float
     agreed: bool
     """Whether all workers know that the job has failed, so that each can leave by itself."""
+    left: bool
+    """Whether all living workers know that they leave."""
 
     def allgather(self, row: npt.NDArray[np.float64], phase: str) -> npt.NDArray[np.float64]:
         """Every worker's row, (size, len(row)), in order of rank. Valid until the next call."""
@@ -66,15 +77,31 @@ class Communicator(Protocol):
     def abort(self, code: int) -> None:
         """End all workers now; for when they can't be told."""
 
+    def meet(self, word: Callable[[], Any], *, settled: bool = False) -> list[Any] | None:
+        """Every living worker's ``word()``, in order of their new ranks; None where all came here settled.
+
+        All living workers come here: who isn't settled interrupts the others at whatever they are at, and they get
+        WorkerLost there. ``word`` is asked for anew whenever yet another dies meanwhile. All return the same.
+        """
+
+    def leave(self, code: int) -> None:
+        """Tell all living workers that this one leaves with a code that isn't 0, as words ``{"leaving": code}``."""
+
 
 class Alone:
     """The communicator of one worker without a launcher: nothing moves."""
 
     rank = 0
     size = 1
+    members: tuple[int, ...] = (0,)
+    survives = False
     library = "none"
     deadline = 0.0
     agreed = False
+    left = False
+
+    def __init__(self) -> None:
+        self.cell = private()
 
     def allgather(self, row: npt.NDArray[np.float64], phase: str) -> npt.NDArray[np.float64]:
         """The row itself."""
@@ -109,6 +136,13 @@ class Alone:
 
     def abort(self, code: int) -> None:
         """Nobody else to end."""
+
+    def meet(self, word: Callable[[], Any], *, settled: bool = False) -> list[Any] | None:
+        """Nobody else to meet."""
+        return None if settled else [word()]
+
+    def leave(self, code: int) -> None:
+        """Nobody else to tell."""
 
 
 class Done:

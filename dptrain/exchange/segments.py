@@ -104,8 +104,7 @@ class _Carried(NamedTuple):
 class Segments(Exchange):
     """``coordinators`` of the workers, the lowest ranks, own a segment each; ``machines`` says who shares memory.
 
-    ``memory`` holds what :class:`Memory` measured for the workers of this machine, whose outboxes have so many rows;
-    None where this worker shares with nobody.
+    ``store`` and ``outboxes``, those of the workers of this machine in their order, are what :class:`Memory` placed.
     """
 
     def __init__(
@@ -113,13 +112,12 @@ class Segments(Exchange):
         communicator: Communicator,
         membership: Membership,
         update: Update,
-        dtype: npt.DTypeLike,
-        outboxes: Sequence[int],
         *,
         name: str,
         coordinators: int,
         machines: Machines,
-        memory: Array | None,
+        store: Store,
+        outboxes: Sequence[Array],
     ) -> None:
         super().__init__(communicator, membership, update)
         self.name = name
@@ -127,19 +125,18 @@ class Segments(Exchange):
         empty = (update.layout.size, update.layout.size)
         self._segments = cuts + [empty] * (membership.size - coordinators)
         self._machines = machines
-        place = Memory(update.layout, len(update.optimizer.slots), dtype, outboxes).place(memory)
-        self.store, boxes = place
-        self.outbox = boxes[machines.here.index(membership.rank)]
+        self.store = store
+        self.outbox = outboxes[machines.here.index(membership.rank)]
         self._goal = Node(0, membership.shards)
         self._vectors = {
             node: box[i]
-            for rank, box in zip(machines.here, boxes, strict=True)
+            for rank, box in zip(machines.here, outboxes, strict=True)
             for i, node in enumerate(membership.nodes[rank])
         }
         self._merged = [
             merged((node for rank in group for node in membership.nodes[rank]), self._goal) for group in machines.groups
         ]
-        self._own = self._owned(dtype)
+        self._own = self._owned(self.outbox.dtype)
         self._carried = [
             self._carry(owner, lo, hi)
             for owner, (lo, hi) in enumerate(self._segments)

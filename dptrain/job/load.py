@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SHARDS = 8
 
-NOT_KEYS = frozenset({"CACHE", "PROGRESS", "TRACEBACK"})
+NOT_KEYS = frozenset({"CACHE", "PROGRESS", "TRACEBACK", "SUPERVISED", "FT"})
 """DPTRAIN_ variables that steer the program, not the job."""
 
 EMBEDDED: dict[str, Any] = {

@@ -334,12 +334,14 @@ class Train(Spec):
 class Arithmetic(Spec):
     """``native``: this CPU's kernels. ``portable``: kernels that every x86-64 machine with AVX2 has.
 
+    ``products`` "mkl": the layers' matrix products are made by Intel's MKL, which has to be installed.
     ``accept_other`` goes on from a checkpoint that was made with other kernels, and gives up the same bits.
     ``compiled`` "auto" uses numba for what it makes faster with the same bits, where it is installed.
     """
 
     kernels: Literal["native", "portable"] = "native"
     threads: Count = 1
+    products: Literal["numpy", "mkl"] = "numpy"
     accept_other: bool = field(default=False, metadata=LAUNCH)
     compiled: Literal["auto", "never"] = field(default="auto", metadata=LAUNCH)
 
@@ -348,6 +350,11 @@ class Arithmetic(Spec):
 class Exchange(Spec):
     """How partials meet. ``coordinators`` 0 means every worker; ``deadline`` is in seconds.
 
+    A worker that gives no sign of life for ``hang_seconds``, or ten steps, is ended; 0 means never.
+
+    Every ``compare_steps`` all that hold a state of their own compare its digests; every ``recheck_steps`` one
+    worker's gradient is computed by another too. 0 means never.
+
     ``auto`` is ``solo`` for one worker and ``node`` for several. ``node``: the workers of a machine share memory, and
     messages go between machines only. ``segments``: messages everywhere.
     """
@@ -355,6 +362,9 @@ class Exchange(Spec):
     type: Literal["auto", "solo", "node", "segments", "allreduce"] = "auto"
     coordinators: Natural = 0
     deadline: Positive = 600.0
+    hang_seconds: NonNegative = 5.0
+    compare_steps: Natural = 500
+    recheck_steps: Natural = 0
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

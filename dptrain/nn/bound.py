@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.nn.layer import Array, LayerBackward, Pass
+from dptrain.nn.products import Matmul, numpy_matmul
 
 CACHED = 1 << 20
 """Bytes that several passes over the same elements may touch and still find them in a core's L2 cache."""
@@ -50,6 +51,7 @@ class BoundLayer(ABC):
         self.input_shape = input_shape
         self.output_shape = output_shape
         self.dtype = np.dtype(dtype)
+        self.matmul: Matmul = numpy_matmul
         self.overwrites_input = False
         self.overwrites_gradient = False
         self.dx_key: Hashable = (id(self), "dx")

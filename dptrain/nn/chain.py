@@ -19,6 +19,7 @@ from dptrain.nn.layer import Array, LayerBackward, ModelBackward, Pass, Sink
 from dptrain.nn.linear import Flatten, Linear
 from dptrain.nn.normalisation import BatchNorm, LayerNorm
 from dptrain.nn.pooling import AvgPool2d, MaxPool2d
+from dptrain.nn.products import Matmul, numpy_matmul
 from dptrain.phases import Phase
 from dptrain.random import Purpose, stream
 
@@ -128,8 +129,13 @@ class Chain:
         return own
 
 
-def build_chain(layers: Sequence[spec.Layer], sample_shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -> Chain:
-    """The model that the job's layers make over samples of ``sample_shape``.
+def build_chain(
+    layers: Sequence[spec.Layer],
+    sample_shape: Sequence[int],
+    dtype: npt.DTypeLike = np.float32,
+    matmul: Matmul = numpy_matmul,
+) -> Chain:
+    """The model that the job's layers make over samples of ``sample_shape``, with products by ``matmul``.
 
     ModelError, naming both layers, where one doesn't fit the shape that comes from the one before.
     """
@@ -146,6 +152,7 @@ def build_chain(layers: Sequence[spec.Layer], sample_shape: Sequence[int], dtype
                 found=str(shape),
                 cure=misfit.cure,
             ) from None
+        layer.matmul = matmul
         bound.append(layer)
         shape = layer.output_shape
     return Chain(bound, tuple(sample_shape), dtype)

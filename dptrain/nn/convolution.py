@@ -206,7 +206,7 @@ class Conv2d(BoundLayer):
     ) -> None:
         """The outputs of some images from their windows."""
         product = y if self.pool == 1 else self.scratch(run, "product", (self.places, *y.shape))
-        np.matmul(windows, shifted, out=self._per_place(product))
+        self.matmul(windows, shifted, out=self._per_place(product))
         if winner is not None:
             number, mask = self.scratch(run, "number", y.shape, np.uint8), self.scratch(run, "mask", y.shape, np.bool_)
             winners(product, y, winner, mask, number)
@@ -244,14 +244,14 @@ class Conv2d(BoundLayer):
 
     def _weight_sums(self, windows: Array, d: Array, dW: Array, first: bool, run: Pass) -> None:
         part = dW if first else self.scratch(run, "dW of some", dW.shape)
-        np.matmul(windows.T, self._per_place(d), out=part)
+        self.matmul(windows.T, self._per_place(d), out=part)
         if not first:
             np.add(dW, part, out=dW)
 
     def _bias_sums(self, passed: Array, db: Array, first: bool, run: Pass) -> None:
         flat = passed.reshape(-1, self.channels)
         part = self.scratch(run, "db", (1, self.channels))
-        np.matmul(self.ones(run, len(flat)), flat, out=part)
+        self.matmul(self.ones(run, len(flat)), flat, out=part)
         if first:
             np.copyto(db, part[0])
         else:
@@ -267,7 +267,7 @@ class Conv2d(BoundLayer):
         """The input's gradient as a convolution of the output's with the weights turned round."""
         height, width, c = self.input_shape
         if self.kernel == self.pool == 1:
-            np.matmul(d.reshape(-1, self.channels), turned, out=dx.reshape(-1, c))
+            self.matmul(d.reshape(-1, self.channels), turned, out=dx.reshape(-1, c))
             return
         edge = self.kernel - 1
         image = (height + edge, width + edge, self.channels)
@@ -278,7 +278,7 @@ class Conv2d(BoundLayer):
             n = part.stop - part.start
             shape = (1, 1, n, height, width, self.kernel, run_length)
             windows = window_rows(canvas[part], 1, self.scratch(run, "windows", shape))
-            np.matmul(windows, turned, out=dx[part].reshape(-1, c))
+            self.matmul(windows, turned, out=dx[part].reshape(-1, c))
 
     def _gathered_gradient(self, d: Array, W: Array, dx: Array, run: Pass) -> None:
         """One product for every element of the kernel, added where its pixels lie."""
@@ -289,7 +289,7 @@ class Conv2d(BoundLayer):
         part = self.scratch(run, "tap", (n, oh, ow, c))
         for i in range(self.kernel):
             for j in range(self.kernel):
-                np.matmul(canvas, W[i, j].T, out=part.reshape(-1, c))
+                self.matmul(canvas, W[i, j].T, out=part.reshape(-1, c))
                 target = whole[:, i : i + self.stride * oh : self.stride, j : j + self.stride * ow : self.stride]
                 np.add(target, part, out=target)
         np.copyto(dx, whole[:, self.top : self.top + height, self.left : self.left + width])

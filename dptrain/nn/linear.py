@@ -38,19 +38,19 @@ class Linear(BoundLayer):
         W = tensors["W"]
         y = self.output(run, x)
         flat, flat_y = self._flat(x), self._flat(y)
-        np.matmul(flat, W, out=flat_y)
+        self.matmul(flat, W, out=flat_y)
         if self.bias:
             np.add(flat_y, tensors["b"], out=flat_y)
 
         def backward(dy: Array, grads: Mapping[str, Array], need_dx: bool) -> Array | None:
             flat_dy = self._flat(dy)
-            np.matmul(flat.swapaxes(1, 2), flat_dy, out=grads["W"])
+            self.matmul(flat.swapaxes(1, 2), flat_dy, out=grads["W"])
             if self.bias:
-                np.matmul(self.ones(run, flat_dy.shape[1]), flat_dy, out=grads["b"][:, None, :])
+                self.matmul(self.ones(run, flat_dy.shape[1]), flat_dy, out=grads["b"][:, None, :])
             if not need_dx:
                 return None
             dx = self.input_gradient(run, dy)
-            np.matmul(flat_dy, W.T, out=self._flat(dx))
+            self.matmul(flat_dy, W.T, out=self._flat(dx))
             return dx
 
         return y, backward

@@ -97,7 +97,7 @@ class BatchNorm(BoundLayer):
         rows = len(x)
         if self.positions > 1:
             sums = self.scratch(run, "sums", (rows, 1, self.channels))
-            np.matmul(self.ones(run, self.positions), x.reshape(rows, self.positions, self.channels), out=sums)
+            self.matmul(self.ones(run, self.positions), x.reshape(rows, self.positions, self.channels), out=sums)
             x = sums
         total = self.scratch(run, "total", (self.channels,), np.float64)
         return np.add.reduce(x.reshape(rows, self.channels), axis=0, dtype=np.float64, out=total)
@@ -189,8 +189,8 @@ class LayerNorm(BoundLayer):
             part = self.scratch(run, "squares", shape)
             np.multiply(flat, normal, out=part)
             ones = self.ones(run, rows)
-            np.matmul(ones, part, out=grads["gamma"][:, None, :])
-            np.matmul(ones, flat, out=grads["beta"][:, None, :])
+            self.matmul(ones, part, out=grads["gamma"][:, None, :])
+            self.matmul(ones, flat, out=grads["beta"][:, None, :])
             if not need_dx:
                 return None
             dx = self.input_gradient(run, dy)
@@ -210,6 +210,6 @@ class LayerNorm(BoundLayer):
     def _row_means(self, x: Array, what: str, run: Pass) -> Array:
         """(k, rows, 1), by a product with ones per shard, which is faster than a reduction."""
         means = self.scratch(run, what, (*x.shape[:2], 1))
-        np.matmul(x, self.ones(run, self.width).reshape(-1, 1), out=means)
+        self.matmul(x, self.ones(run, self.width).reshape(-1, 1), out=means)
         np.divide(means, self.width, out=means)
         return means

@@ -40,6 +40,7 @@ DECISIVE: list[dict[str, Any]] = [
     {"data__validation": 0.2},
     {"data__normalise": "standard"},
     {"arithmetic__kernels": "portable"},
+    {"arithmetic__products": "mkl"},
     {"arithmetic__threads": 2},
     {"data": "e"},
     {"model": "sha256:0"},

@@ -8,11 +8,13 @@ import pytest
 from dptrain.data.batches import Batches, Loaded, Reader
 from dptrain.data.dataset import open_dataset
 from dptrain.data.prepare import prepare
+from dptrain.errors import ArithmeticMismatch
 from dptrain.job import spec
 from dptrain.nn.accumulate import Accumulator
 from dptrain.nn.bound import BoundLayer
 from dptrain.nn.chain import Chain, build_chain
 from dptrain.nn.loss import make_loss
+from dptrain.nn.products import maker
 from dptrain.random import Purpose, stream
 
 LIMIT = 16 << 10
@@ -98,6 +100,33 @@ def test_a_layer_takes_no_new_memory(kind, k, padded):
     x, y = batch(shape, k, kind == "embedding")
     assert x[0].nbytes >= 2 * LIMIT
     assert peak_of(model, CROSS_ENTROPY, x, y, k, padded) < LIMIT
+
+
+@pytest.fixture
+def by_mkl():
+    """MKL's products, where it is installed; its own memory is its own, and kept by it from call to call."""
+    try:
+        return maker(spec.Arithmetic(products="mkl"))
+    except ArithmeticMismatch as why:
+        pytest.skip(str(why))
+
+
+@pytest.mark.usefixtures("small_buffers")
+@pytest.mark.parametrize("padded", [0, 3])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_products_by_mkl_take_no_new_memory(kind, k, padded, by_mkl):
+    if kind == "linear":
+        layers, shape = [spec.Linear(units=512), spec.Relu(), spec.Linear(units=256)], (512,)
+    else:
+        layers, shape = (
+            [spec.Conv2d(channels=16, padding="same"), spec.Conv2d(channels=16, padding="same")],
+            (16, 16, 8),
+        )
+    model = build_chain([*layers, spec.Flatten(), spec.Linear(units=4)], shape, matmul=by_mkl)
+    x, y = batch(shape, k)
+    assert peak_of(model, CROSS_ENTROPY, x, y, k, padded) < LIMIT
+    assert any(plan is not None for plan in by_mkl._plans.values())
 
 
 @pytest.mark.usefixtures("small_buffers")

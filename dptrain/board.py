@@ -1,0 +1,79 @@
+"""What each worker of a machine is at, in memory that outlives it: written by the loop itself, read by who watches.
+
+A cell of eight integers for each worker, and one for all before them. Nothing here imports more than it must: the
+watchdog, a process of its own, reads it.
+"""
+
+import mmap
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+WATCHDOG = 0
+"""Of the first cell: the process that watches."""
+
+PID, BORN, RANK, BEAT, STEP, PHASE, ENDED = range(7)
+"""Of a worker's cell: its process and when that started, its rank at the launch, a count of signs of life, the step
+(0 before training) and the phase it is at, and whether the watchdog has ended it."""
+
+_CELL = 8
+_ITEM = 8
+
+Cell = memoryview
+"""Eight integers of 64 bits."""
+
+
+NAME = "dptrain-board"
+"""What the memory is called where its holders' open files are listed."""
+
+
+def nbytes(workers: int) -> int:
+    """The size of a board."""
+    return (workers + 1) * _CELL * _ITEM
+
+
+def private() -> Cell:
+    """A cell that nobody else reads."""
+    return memoryview(bytearray(_CELL * _ITEM)).cast("q")
+
+
+def cells(memory: memoryview) -> Sequence[Cell]:
+    """All cells of a board, that of all workers first."""
+    numbers = memory.cast("B").cast("q")
+    return [numbers[at : at + _CELL] for at in range(0, len(numbers), _CELL)]
+
+
+def mapped(handle: int, workers: int) -> Sequence[Cell]:
+    """The cells of a board that a file holds."""
+    return cells(memoryview(mmap.mmap(handle, nbytes(workers))))
+
+
+def sign(cell: Cell, rank: int) -> None:
+    """Make a cell this process's."""
+    found = process(os.getpid())
+    assert found is not None
+    cell[PID], cell[BORN], cell[RANK] = os.getpid(), found.born, rank
+
+
+class Process(NamedTuple):
+    """A process as the kernel sees it: one letter for its state, and when it started, in ticks."""
+
+    state: str
+    born: int
+
+
+def process(pid: int) -> Process | None:
+    """The process of that number; None where there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name, in parentheses, may hold anything.
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return Process(fields[0].decode(), int(fields[19]))
+
+
+def lives(cell: Cell) -> bool:
+    """Whether a cell's process is still there and has not ended."""
+    found = process(cell[PID])
+    return found is not None and found.born == cell[BORN] and found.state not in "ZX"

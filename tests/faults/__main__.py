@@ -1,0 +1,83 @@
+"""``python -m tests.faults``: the long campaign. Exits with 1 if any fault ended otherwise than it should."""
+
+import argparse
+import itertools
+import os
+import random
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from tests.faults.fault import Fault, Tally, mixed, perform
+
+WEIGHTS = {"process": 4, "hang": 2, "storage": 3, "data": 1}
+"""The kinds, each a module of this package with ``faults(seed)``, and how often each comes."""
+
+FARTHEST = 100_000
+"""Faults that are looked through for one by name."""
+
+
+def chosen(kinds: Sequence[str], seed: int, name: str) -> Iterator[Fault]:
+    """The campaign of a seed, or the one fault of that name."""
+    sources = {kind: import_module(f"tests.faults.{kind}").faults(seed) for kind in kinds}
+    if not name:
+        return mixed(sources, WEIGHTS, seed)
+    everything = itertools.chain.from_iterable(itertools.islice(some, FARTHEST) for some in sources.values())
+    return itertools.islice((fault for fault in everything if fault.name == name), 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run faults, tell of each that ended badly at once, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--runs", type=int, default=100, help="how many faults (default 100)")
+    parser.add_argument("--seed", type=int, help="which ones (default: drawn, and told)")
+    parser.add_argument("--kinds", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS), metavar="KIND")
+    parser.add_argument("--name", default="", help="only the fault of this name")
+    parser.add_argument("--keep", action="store_true", help="keep the folders of faults that ended badly")
+    parser.add_argument("--verbose", "-v", action="store_true", help="tell of each fault, not only of bad ends")
+    asked = parser.parse_args(arguments)
+    seed = random.SystemRandom().randrange(1 << 31) if asked.seed is None else asked.seed
+    print(f"seed {seed}", flush=True)
+
+    tally = Tally()
+    work = Path(tempfile.mkdtemp(prefix="faults-"))
+    began = time.monotonic()
+    # Data is prepared once, and in nobody's own cache.
+    os.environ.setdefault("DPTRAIN_CACHE", str(work / "cache"))
+    done = 0
+    try:
+        for number, fault in enumerate(itertools.islice(chosen(asked.kinds, seed, asked.name), asked.runs)):
+            folder = work / f"{number:05d}"
+            started = time.monotonic()
+            outcome = perform(fault, folder)
+            done += 1
+            tally.add(fault, outcome)
+            if asked.verbose or not outcome.good:
+                seconds = time.monotonic() - started
+                print(f"{outcome.verdict}: {fault.kind}: {fault.name} [{outcome.phase}] {seconds:.1f} s", flush=True)
+            if not outcome.good:
+                again = ["python", "-m", "tests.faults", "--kinds", fault.kind, "--seed", str(seed)]
+                print(f"  again: {shlex.join([*again, '--name', fault.name])}")
+                print("\n".join(f"  {line}" for line in outcome.note.splitlines()), flush=True)
+            if outcome.good or not asked.keep:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                print(f"  folder: {folder}", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    finally:
+        if not (asked.keep and tally.bad):
+            shutil.rmtree(work, ignore_errors=True)
+    print(f"\n{tally.table()}\n\nseed {seed}: {done} faults, {tally.bad} bad, {time.monotonic() - began:.0f} s")
+    if asked.name and not done:
+        print(f"no fault is called {asked.name!r}", file=sys.stderr)
+    return 1 if tally.bad or not done else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""A seeded sample of the campaign; the long one is ``python -m tests.faults``."""
+
+import functools
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from dptrain.launch import library
+from tests.faults import data, hang, process, storage
+from tests.faults.fault import Fault, perform
+
+SEED = 4
+SURVIVES = library() == "Open MPI"
+KINDS = {
+    "storage": (storage.faults, 20),
+    "data": (data.faults, 12),
+    "process": (process.faults, 11 if SURVIVES else 2),
+    "hang": (hang.faults, 3 if SURVIVES else 1),
+}
+"""So many of each kind as take about two minutes together; where deaths are not survived, each is a restart."""
+
+
+@functools.cache
+def sample(kind: str) -> list[Fault]:
+    faults, count = KINDS[kind]
+    return list(islice(faults(SEED), count))
+
+
+@pytest.mark.parametrize(("kind", "number"), [(kind, i) for kind, (_, count) in KINDS.items() for i in range(count)])
+def test_a_fault_ends_as_it_should(kind: str, number: int, tmp_path: Path) -> None:
+    fault = sample(kind)[number]
+    outcome = perform(fault, tmp_path / "fault")
+    assert outcome.good, f"{outcome.verdict}: {fault.name} [{outcome.phase}]: {outcome.note}"
+
+
+@pytest.mark.skipif(storage.strace_missing() != "", reason=storage.strace_missing())
+def test_crashes_are_among_the_faults() -> None:
+    names = [fault.name for fault in islice(storage.faults(SEED), 1000)]
+    assert sum(name.startswith("crash before call") for name in names) > 80
