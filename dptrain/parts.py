@@ -183,7 +183,7 @@ class Parts:
                         f"rank {rank} on {other['host']} ({arithmetic.named(other['arithmetic'])})",
                         expected=f"the bits of rank 0 on {first['host']} ({arithmetic.named(first['arithmetic'])})",
                         found="others for the same step",
-                        cure='set arithmetic.kernels = "portable" and install the same numpy (and mkl, if used) everywhere',
+                        cure='set arithmetic.kernels = "portable" and install the same numpy and mkl everywhere',
                     )
                 )
 
