@@ -12,9 +12,9 @@ from typing import NamedTuple
 WATCHDOG = 0
 """Of the first cell: the process that watches."""
 
-PID, BORN, RANK, BEAT, STEP, PHASE, ENDED = range(7)
+PID, BORN, RANK, BEAT, STEP, PHASE, ENDED, BEGUN = range(8)
 """Of a worker's cell: its process and when that started, its rank at the launch, a count of signs of life, the step
-(0 before training) and the phase it is at, and whether the watchdog has ended it."""
+(0 before training) and the phase it is at, whether the watchdog has ended it, and how many steps it has begun."""
 
 _CELL = 8
 _ITEM = 8

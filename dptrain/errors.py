@@ -66,6 +66,10 @@ class WorkerCrashed(DptrainError):
     exit_code = 1
 
 
+class OutOfMemory(DptrainError):
+    """There was no room for an array."""
+
+
 class DeadlineError(DptrainError):
     """A wait for other workers lasted longer than its deadline."""
 
@@ -110,4 +114,6 @@ class PeerFailed(DptrainError):
 
 def exit_code(error: BaseException) -> int:
     """The process's exit code for an error: 2 for bad input, 1 for a bug, or what the error says."""
+    if isinstance(error, MemoryError):
+        return OutOfMemory.exit_code
     return error.exit_code if isinstance(error, DptrainError) else 1

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from enum import IntEnum
 
-from dptrain.board import BEAT, PHASE, STEP, private
+from dptrain.board import BEAT, BEGUN, PHASE, STEP, private
 
 
 class Phase(IntEnum):
@@ -52,6 +52,8 @@ class Phases:
     def at(self, step: int) -> None:
         """From now on time belongs to ``step``."""
         self.step = self.cell[STEP] = step
+        if step:
+            self.cell[BEGUN] += 1
 
     def begin(self, phase: Phase, detail: str = "") -> None:
         """From now on time belongs to ``phase``; ``detail`` says more, such as a layer's name."""

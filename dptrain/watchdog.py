@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 
 from dptrain import board
-from dptrain.board import BEAT, ENDED, PHASE, PID, RANK, STEP, WATCHDOG, Cell
+from dptrain.board import BEAT, BEGUN, ENDED, PHASE, PID, RANK, STEP, WATCHDOG, Cell
 from dptrain.phases import NAMES, Phase
 from dptrain.supervision import ended
 
@@ -38,7 +38,6 @@ class Watched:
         self._beat = -1
         self._step = 0
         self._since = 0.0
-        self._steps = 0
 
     def look(self, elapsed: float) -> None:
         """Another look, so many seconds after the last."""
@@ -53,14 +52,13 @@ class Watched:
                 took = self._since / done
                 # The slowest of the last few, roughly: it follows at once upwards, slowly downwards.
                 self.usual = max(took, 0.9 * self.usual + 0.1 * took)
-                self._steps += done
             self._step += done
             self._since = 0.0
 
     def deadline(self, stopped: bool, hang_seconds: float, patience: float) -> float:
         """Seconds that it may give no sign of life."""
         short = max(hang_seconds, USUAL * self.usual)
-        unhurried = not self._steps or self.cell[PHASE] in _UNHURRIED
+        unhurried = self.cell[BEGUN] < 2 or self.cell[PHASE] in _UNHURRIED
         return short if stopped or not unhurried else max(short, patience)
 
 

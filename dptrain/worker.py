@@ -13,7 +13,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from dptrain.errors import DptrainError, NonFiniteError, PeerFailed, WorkerCrashed, exit_code
+from dptrain.arithmetic import peak_memory
+from dptrain.errors import DptrainError, NonFiniteError, OutOfMemory, PeerFailed, WorkerCrashed, exit_code
 from dptrain.exchange.communicator import Communicator
 from dptrain.exchange.protocol import Exchange
 from dptrain.exchange.verdict import Report, Verdict
@@ -321,6 +322,13 @@ def named(failure: BaseException, rank: int, step: int, phase: str) -> DptrainEr
     """A failure as the one line that says who, where, at which step, in which phase, and why."""
     if isinstance(failure, DptrainError):
         return failure
+    if isinstance(failure, MemoryError):
+        return OutOfMemory(
+            f"rank {rank} at step {step} in {phase}",
+            expected=f"room for one more array beside the {peak_memory() >> 20} MB that this worker has needed so far",
+            found=str(failure) or "none",
+            cure="start fewer workers here or lower train.batch_size; `dptrain check -n N` says what each needs",
+        )
     why = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
     return WorkerCrashed(
         f"rank {rank} at step {step} in {phase}",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -134,6 +135,23 @@ def test_a_shard_that_ends_every_worker_is_named(tmp_path: Path, workers: int) -
     assert "shard" in said
     assert ended.err.count("died at step") == 1
     assert place.leftovers() == []
+
+
+def test_who_is_stuck_is_ended_and_the_others_go_on(tmp_path: Path) -> None:
+    """Not stopped, and not waiting for others: it sleeps where it should compute."""
+    place = Surroundings(tmp_path)
+    action = "if not os.path.exists('hit'):\n                open('hit', 'w').close()\n                time.sleep(600)"
+    (tmp_path / "poison.py").write_text("import time\n" + POISON.replace("ACTION", action))
+    (tmp_path / "job.toml").write_text(POISON_JOB)
+    ended = place.run([*PROGRAM, "run", "job.toml", "-n", "3", "--run-dir", "run"], 60)
+    assert ended.code == 0, ended.said
+    assert re.search(r"rank \d at step \d+ in forward gave no sign of life for 5\.\d s: ended", ended.err)
+    (recovery,) = result(place)["recoveries"]
+    assert recovery["died"][0]["hung"]
+    alone = place.run([*PROGRAM, "run", "job.toml", "--run-dir", "alone"], 60)
+    assert alone.code == 0, alone.said
+    truth = json.loads((tmp_path / "alone" / "result.json").read_text())
+    assert result(place)["weights_sha256"] == truth["weights_sha256"]
 
 
 def test_an_exception_is_no_fault(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from dptrain.errors import (
     DptrainError,
     ModelError,
     NonFiniteError,
+    OutOfMemory,
     StorageError,
     UsageError,
     WorkerCrashed,
+    exit_code,
 )
 from dptrain.journal import read_all, read_steps
 from dptrain.phases import NAMES
@@ -296,6 +299,19 @@ def test_an_exception_of_the_model_is_a_crash_with_its_place(act: Any, why: str,
     assert caught.value.where == "rank 0 at step 3 in forward and backward"
     assert caught.value.found == why
     assert caught.value.exit_code == 1
+
+
+def test_where_memory_ends_it_says_for_what_and_how_much_there_was(tmp_path: Path) -> None:
+    def ask() -> None:
+        np.zeros((1 << 44, 3), np.float32)
+
+    with pytest.raises(OutOfMemory) as caught:
+        dptrain.train(job(), model=Counting(23, ask), run_dir=tmp_path)
+    assert caught.value.where == "rank 0 at step 3 in forward and backward"
+    assert re.search(r"beside the \d+ MB that this worker has needed", caught.value.expected)
+    assert "192. TiB" in caught.value.found
+    assert "(17592186044416, 3)" in caught.value.found
+    assert caught.value.exit_code == exit_code(MemoryError()) == 2
 
 
 def test_an_exception_while_evaluating_says_so(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dptrain import board
-from dptrain.board import BEAT, BORN, ENDED, PHASE, PID, RANK, STEP, Cell
+from dptrain.board import BEAT, BEGUN, BORN, ENDED, PHASE, PID, RANK, STEP, Cell
 from dptrain.phases import Phase, Phases
 from dptrain.supervision import FOLDER
 from dptrain.watchdog import Watchdog
@@ -46,6 +46,7 @@ class Workers:
         for rank in ranks:
             self.own[rank][BEAT] += 1
             self.own[rank][STEP] += steps
+            self.own[rank][BEGUN] += steps
 
 
 @pytest.fixture
@@ -129,11 +130,19 @@ def test_there_is_patience_with_what_takes_long_but_not_with_a_stopped_one(worke
 def test_before_the_first_step_is_done_there_is_patience(workers: Workers) -> None:
     made = Watchdog(workers.cells, HANG, PATIENCE)
     for cell in workers.own:
-        cell[PHASE], cell[STEP] = Phase.FORWARD, 1
+        cell[PHASE], cell[STEP], cell[BEGUN] = Phase.FORWARD, 1, 1
     look(made, PATIENCE - TICK, 0)
     assert workers.living == [0, 1, 2]
     look(made, 3 * TICK, 0)
     assert workers.living == [0]
+
+
+def test_steps_that_were_done_before_anyone_looked_count(workers: Workers) -> None:
+    made = Watchdog(workers.cells, HANG, PATIENCE)
+    for cell in workers.own:
+        cell[PHASE], cell[STEP], cell[BEGUN] = Phase.FORWARD, 24, 24
+    look(made, HANG + 2 * TICK, 0, 2)
+    assert workers.living == [0, 2]
 
 
 def test_ten_usual_steps_are_waited_for(workers: Workers) -> None:
