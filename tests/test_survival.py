@@ -61,6 +61,12 @@ steps = 400
 """
 
 
+@pytest.fixture(autouse=True)
+def _segments(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a supervisor, what killed workers of Open MPI leave of its shared memory goes with the tests' folders."""
+    monkeypatch.setenv("OMPI_MCA_btl_sm_backing_directory", str(tmp_path_factory.mktemp("segments")))
+
+
 def start(place: Surroundings, workers: int, text: str = MLP.text, **environ: str) -> tuple[Command, Job]:
     """A job that trains."""
     (place.folder / "job.toml").write_text(text)
