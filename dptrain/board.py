@@ -4,10 +4,12 @@ A cell of eight integers for each worker, and one for all before them. Nothing h
 watchdog, a process of its own, reads it.
 """
 
+import contextlib
 import mmap
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+
+from dptrain.processes import process
 
 WATCHDOG = 0
 """Of the first cell: the process that watches."""
@@ -55,22 +57,22 @@ def sign(cell: Cell, rank: int) -> None:
     cell[PID], cell[BORN], cell[RANK] = os.getpid(), found.born, rank
 
 
-class Process(NamedTuple):
-    """A process as the kernel sees it: one letter for its state, and when it started, in ticks."""
-
-    state: str
-    born: int
-
-
-def process(pid: int) -> Process | None:
-    """The process of that number; None where there is none."""
+def held_by(pid: int) -> Sequence[Cell] | None:
+    """The workers' cells of the board that a process has open, for who looks on from outside; None without one."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The name, in parentheses, may hold anything.
-            fields = file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+        paths = [entry.path for entry in os.scandir(f"/proc/{pid}/fd")]
+    except OSError:
         return None
-    return Process(fields[0].decode(), int(fields[19]))
+    for path in paths:
+        # The process may end, and any file be closed, in the middle of this.
+        with contextlib.suppress(OSError):
+            if os.readlink(path).startswith(f"/memfd:{NAME}"):
+                handle = os.open(path, os.O_RDWR)
+                try:
+                    return mapped(handle, os.fstat(handle).st_size // nbytes(0) - 1)[1:]
+                finally:
+                    os.close(handle)
+    return None
 
 
 def lives(cell: Cell) -> bool:

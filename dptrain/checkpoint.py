@@ -232,7 +232,8 @@ def newest(folder: Path, accept: Callable[[Path], Snapshot], warn: Callable[[str
             warn(f"passed over: {error}")
         else:
             for broken in found[:i]:
-                _set_aside(broken)
+                with contextlib.suppress(OSError):
+                    set_aside(broken)
             return snapshot
     if found:
         raise CheckpointError(
@@ -244,11 +245,16 @@ def newest(folder: Path, accept: Callable[[Path], Snapshot], warn: Callable[[str
     return None
 
 
-def _set_aside(broken: Path) -> None:
-    target = broken.with_name(f"broken-{broken.name}")
+def set_aside(generation: Path) -> None:
+    """Let it be a generation no more, and keep what it holds. Raises OSError."""
+    target = generation.with_name(f"broken-{generation.name}")
     shutil.rmtree(target, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        broken.rename(target)
+    generation.rename(target)
+
+
+def step_of(generation: Path) -> int:
+    """The step after which a generation's state was."""
+    return int(generation.name.removeprefix("step-").partition(".")[0])
 
 
 class _Foreign(CheckpointError):

@@ -8,7 +8,6 @@ result is that of the undisturbed run.
 import contextlib
 import hashlib
 import os
-import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -104,11 +103,9 @@ def contradicted(owner: tuple[str, str], checker: tuple[str, str], third: str) -
 def set_aside(folder: Path, trusted: int) -> None:
     """Let the checkpoints of later steps than ``trusted`` be none any more. Nobody may be writing there."""
     for generation in checkpoint.generations(folder):
-        if _step_of(generation) > trusted:
-            target = generation.with_name(f"broken-{generation.name}")
-            shutil.rmtree(target, ignore_errors=True)
+        if checkpoint.step_of(generation) > trusted:
             try:
-                generation.rename(target)
+                checkpoint.set_aside(generation)
             except OSError as error:
                 raise StorageError(
                     f"checkpoint {generation}",
@@ -122,11 +119,7 @@ def set_aside(folder: Path, trusted: int) -> None:
 
 def checkpoints_up_to(folder: Path, trusted: int) -> list[Path]:
     """The checkpoints of steps up to ``trusted``, newest first."""
-    return [generation for generation in checkpoint.generations(folder) if _step_of(generation) <= trusted]
-
-
-def _step_of(generation: Path) -> int:
-    return int(generation.name.removeprefix("step-").partition(".")[0])
+    return [generation for generation in checkpoint.generations(folder) if checkpoint.step_of(generation) <= trusted]
 
 
 class Auditor:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from dptrain import scratch, supervision
 from dptrain.launch import announced
+from dptrain.processes import process
 
 REAPED = 10.0
 """Seconds after which an orphan that was killed must be gone."""
@@ -223,7 +224,8 @@ class _Workers:
             self._pids.add(pid)
             with contextlib.suppress(OSError):
                 handle = os.pidfd_open(pid)
-                self._parent = _process(pid).parent
+                found = process(pid)
+                self._parent = 0 if found is None else found.parent
                 self._living[handle] = rank
                 self._poll.register(handle, select.POLLIN)
         if self._begun < self._workers:
@@ -235,9 +237,7 @@ class _Workers:
     def _look_for_unseen(self) -> None:
         """Where one of the workers ended before it could be seen, there is less to wait for."""
         if self._parent and self._until is not None:
-            young = [
-                pid for pid in _children(self._parent) if pid not in self._pids and _process(pid).state not in "ZX"
-            ]
+            young = [pid for pid in _children(self._parent) if pid not in self._pids and _runs(pid)]
             if self._begun + len(young) < self._workers:
                 self._until = min(self._until, time.monotonic() + GRACE)
 
@@ -324,28 +324,17 @@ def _adopting_orphans() -> Iterator[None]:
         prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
-class _Process(NamedTuple):
-    """A process as the kernel sees it: one letter for its state, and its parent; "X" and 0 where there is none."""
-
-    state: str
-    parent: int
-
-
-def _process(pid: int) -> _Process:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The name, in parentheses, may hold anything.
-            state, parent, *_ = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return _Process("X", 0)
-    return _Process(state.decode(), int(parent))
-
-
 def _children(parent: int) -> Iterator[int]:
     """The processes that have this parent; those that have ended too, until somebody asks for their code."""
     for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and _process(int(entry.name)).parent == parent:
+        found = process(int(entry.name)) if entry.name.isdigit() else None
+        if found is not None and found.parent == parent:
             yield int(entry.name)
+
+
+def _runs(pid: int) -> bool:
+    found = process(pid)
+    return found is not None and found.state not in "ZX"
 
 
 def _rank(pid: int) -> int:

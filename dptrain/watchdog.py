@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dptrain import board
 from dptrain.board import BEAT, BEGUN, ENDED, PHASE, PID, RANK, STEP, WATCHDOG, Cell
 from dptrain.phases import NAMES, Phase
+from dptrain.processes import process
 from dptrain.supervision import ended
 
 REAPED = 2.0
@@ -87,7 +88,7 @@ class Watchdog:
     def look(self, elapsed: float) -> None:
         """Take notice of all, and end those that hang."""
         living = self.living()
-        states = [found.state if (found := board.process(worker.cell[PID])) else "X" for worker in living]
+        states = [found.state if (found := process(worker.cell[PID])) else "X" for worker in living]
         paused = all(state in "Tt" for state in states)
         for worker, state in zip(living, states, strict=True):
             worker.look(elapsed)

@@ -13,8 +13,8 @@ from bench.contestants.numpy_model import Network
 from bench.interleave import Runs, interleaved
 from bench.spawn import NotRun
 from bench.workload import CASES, DATA_ROWS, MODELS, Model, Workload
-from dptrain import board
 from dptrain.launch import library
+from dptrain.processes import process
 from dptrain.supervise import PAUSE
 
 SMALL = Model(
@@ -201,7 +201,7 @@ def test_nothing_of_a_command_is_left(tmp_path: Path) -> None:
 
 
 def _over(pid: int) -> bool:
-    found = board.process(pid)
+    found = process(pid)
     return found is None or found.state in "ZX"
 
 

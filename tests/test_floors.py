@@ -11,7 +11,20 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "dptrain"
 
 FLOORS = [
-    {"errors", "random", "tree", "layout", "arithmetic", "phases", "limits", "cores", "board", "supervision"} | {"mkl"},
+    {
+        "errors",
+        "random",
+        "tree",
+        "layout",
+        "arithmetic",
+        "phases",
+        "limits",
+        "cores",
+        "board",
+        "processes",
+        "supervision",
+    }
+    | {"mkl"},
     {"job", "data", "nn", "optim"},
     {"state", "checkpoint", "journal", "rundir", "membership", "rule", "fingerprint", "straggler"},
     {"exchange"},

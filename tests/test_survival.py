@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dptrain.journal import read_all
 from dptrain.launch import command, library
 from dptrain.phases import Phase
 from tests.faults.jobs import JOBS
-from tests.faults.live import Job, joined, pace, signalled
+from tests.faults.live import Job, begun, joined, pace, signalled
 from tests.faults.oracle import PROGRAM, Command, Surroundings, undisturbed
 from tests.mpirun import ranks
 
@@ -67,12 +68,18 @@ def _segments(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("OMPI_MCA_btl_sm_backing_directory", str(tmp_path_factory.mktemp("segments")))
 
 
-def start(place: Surroundings, workers: int, text: str = MLP.text, **environ: str) -> tuple[Command, Job]:
+def start(place: Surroundings, workers: int, text: str = MLP.text, *options: str) -> tuple[Command, Job]:
     """A job that trains."""
-    (place.folder / "job.toml").write_text(text)
-    line = [*PROGRAM, "run", "job.toml", "-n", str(workers), "--run-dir", "run", "--progress", "plain"]
+    going, live = begun(place, text, workers, *options, progress="plain")
+    assert live is not None, going.err
+    return going, live
+
+
+def launched(place: Surroundings, line: Sequence[str], environ: Mapping[str, str]) -> tuple[Command, Job]:
+    """A job of three workers that trains, started by mpirun itself."""
+    (place.folder / "job.toml").write_text(MLP.text)
     going = place.start(line, **environ)
-    live = joined(place, workers, lambda: going.running)
+    live = joined(place, 3, lambda: going.running)
     assert live is not None, going.err
     return going, live
 
@@ -190,7 +197,6 @@ def test_an_exception_after_a_death_ends_all(tmp_path: Path) -> None:
 
 def test_a_program_of_ones_own_survives_too(tmp_path: Path) -> None:
     place = Surroundings(tmp_path)
-    (tmp_path / "job.toml").write_text(MLP.text)
     (tmp_path / "program.py").write_text(
         "import dptrain\n"
         "for run in ('run', 'again'):\n"
@@ -198,9 +204,7 @@ def test_a_program_of_ones_own_survives_too(tmp_path: Path) -> None:
         "    print(result.weights_sha256, len(result.recoveries), result.workers, flush=True)\n"
     )
     line, environ = command(3, [], place.environ)
-    going = place.start([*line[: line.index(sys.executable) + 1], "program.py"], **environ)
-    live = joined(place, 3, lambda: going.running)
-    assert live is not None, going.err
+    going, live = launched(place, [*line[: line.index(sys.executable) + 1], "program.py"], environ)
     pace(live, 50)
     signalled(live.cells[2], signal.SIGKILL)
     ended = place.ended(going, 90)
@@ -240,11 +244,8 @@ def test_an_interrupted_run_that_survived_says_how_to_resume(tmp_path: Path) -> 
 def test_without_fault_tolerance_a_death_ends_the_launch(tmp_path: Path) -> None:
     """The negative control: what survives is ULFM, not luck."""
     place = Surroundings(tmp_path)
-    (tmp_path / "job.toml").write_text(MLP.text)
     line, environ = command(3, ["run", "job.toml", "--run-dir", "run"], {**place.environ, "DPTRAIN_FT": "off"})
-    going = place.start(line, **environ)
-    live = joined(place, 3, lambda: going.running)
-    assert live is not None, going.err
+    going, live = launched(place, line, environ)
     pace(live, 50)
     signalled(live.cells[2], signal.SIGKILL)
     ended = place.ended(going, 60)
@@ -265,10 +266,7 @@ def test_deaths_at_any_border_between_phases_on_machines_of_any_shape(tmp_path: 
 
 def test_a_trace_goes_on_with_those_that_are_left(tmp_path: Path) -> None:
     place = Surroundings(tmp_path)
-    (tmp_path / "job.toml").write_text(MLP.text)
-    going = place.start([*PROGRAM, "run", "job.toml", "-n", "3", "--run-dir", "run", "--trace", "trace.json"])
-    live = joined(place, 3, lambda: going.running)
-    assert live is not None, going.err
+    going, live = start(place, 3, MLP.text, "--trace", "trace.json")
     pace(live, 100)
     signalled(live.cells[0], signal.SIGKILL)
     ended = place.ended(going, 90)

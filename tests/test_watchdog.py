@@ -12,6 +12,7 @@ import pytest
 from dptrain import board
 from dptrain.board import BEAT, BEGUN, BORN, ENDED, PHASE, PID, RANK, STEP, Cell
 from dptrain.phases import Phase, Phases
+from dptrain.processes import process
 from dptrain.supervision import FOLDER
 from dptrain.watchdog import Watchdog
 
@@ -25,7 +26,7 @@ class Workers:
         self.children = [subprocess.Popen(["sleep", "600"]) for _ in range(count)]
         self.cells = board.cells(memoryview(bytearray(board.nbytes(count))))
         for rank, (child, cell) in enumerate(zip(self.children, self.own, strict=True)):
-            found = board.process(child.pid)
+            found = process(child.pid)
             assert found is not None
             cell[PID], cell[BORN], cell[RANK] = child.pid, found.born, rank
 
@@ -204,7 +205,7 @@ def test_an_ended_process_that_nobody_has_reaped_does_not_live(workers: Workers)
     child = workers.children[0]
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    found = board.process(child.pid)
+    found = process(child.pid)
     assert found is not None
     assert found.state == "Z"
     assert workers.living == [1, 2]

@@ -15,6 +15,7 @@ from pathlib import Path
 from bench.spawn import ROOT, TIMEOUT, NotRun, environment
 from dptrain import board
 from dptrain.board import PID, RANK, STEP, Cell
+from dptrain.processes import process
 
 CELLS, BEGUN = "cells", "begun"
 """In the folder of a peer that keeps no board: its workers' cells, and the step that each start went on from."""
@@ -71,7 +72,7 @@ class Command:
 
     def __exit__(self, *error: object) -> None:
         """Ask it to end, and end what does not."""
-        born = {pid: found.born for pid in descendants(self.process.pid) if (found := board.process(pid)) is not None}
+        born = {pid: found.born for pid in descendants(self.process.pid) if (found := process(pid)) is not None}
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -79,7 +80,7 @@ class Command:
             self.process.kill()
             self.process.wait()
         for pid, when in born.items():
-            found = board.process(pid)
+            found = process(pid)
             if found is not None and found.born == when:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -120,21 +121,8 @@ Find = Callable[[], "Sequence[Cell] | None"]
 
 def on_board(command: Command) -> Sequence[Cell] | None:
     """The cells of dptrain's workers, from whichever process of the command has their board open."""
-    for pid in descendants(command.process.pid):
-        try:
-            paths = [entry.path for entry in os.scandir(f"/proc/{pid}/fd")]
-        except OSError:
-            continue
-        for path in paths:
-            # Any of these processes may end, and any file be closed, in the middle of this.
-            with contextlib.suppress(OSError):
-                if os.readlink(path).startswith(f"/memfd:{board.NAME}"):
-                    handle = os.open(path, os.O_RDWR)
-                    try:
-                        return board.mapped(handle, os.fstat(handle).st_size // board.nbytes(0) - 1)[1:]
-                    finally:
-                        os.close(handle)
-    return None
+    boards = (board.held_by(pid) for pid in descendants(command.process.pid))
+    return next((cells for cells in boards if cells is not None), None)
 
 
 def joined(command: Command, find: Find, workers: int, before: Workers | None = None) -> Workers:
@@ -165,9 +153,9 @@ def descendants(ancestor: int) -> list[int]:
     parents: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                parent = int(Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-                parents.setdefault(parent, []).append(int(name))
+            found = process(int(name))
+            if found is not None:
+                parents.setdefault(found.parent, []).append(int(name))
     return list(_below(ancestor, parents))
 
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 
 from dptrain.launch import Announced
+from dptrain.processes import process
 
 LAUNCHERS = frozenset({"mpirun", "mpiexec", "mpiexec.hydra", "mpiexec.gforker", "prterun", "orterun", "srun"})
 """Names of launcher processes, as the kernel shortens them to 15 characters."""
@@ -28,16 +29,12 @@ def launcher_process() -> int | None:
     """The process id of the launcher on this machine that started this process, if there is one."""
     pid = os.getppid()
     while pid > 1:
-        try:
-            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-                stat = file.read()
-        except OSError:
+        found = process(pid)
+        if found is None:
             return None
-        # The name is in parentheses and may hold some itself.
-        name, rest = stat[stat.index("(") + 1 : stat.rindex(")")], stat[stat.rindex(")") + 1 :].split()
-        if name in LAUNCHERS:
+        if found.name in LAUNCHERS:
             return pid
-        pid = int(rest[1])
+        pid = found.parent
     return None
 
 

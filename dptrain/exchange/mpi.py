@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from array import array
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dptrain import board
@@ -292,22 +293,28 @@ class Mpi:
 
     def _poll(self, requests: Sequence[Any], phase: str) -> None:
         """Return when each request is done or has failed."""
-        started = time.monotonic()
+
+        def over(request: Any) -> bool:
+            try:
+                return bool(request.Test())
+            except self._mpi.Exception:
+                return True
+
         for request in requests:
-            while True:
-                try:
-                    if request.Test():
-                        break
-                except self._mpi.Exception:
-                    break
-                self.cell[board.BEAT] += 1
-                waited = time.monotonic() - started
-                if waited < _SLEEPLESS:
-                    os.sched_yield()
-                elif waited < self.deadline:
-                    time.sleep(_NAP)
-                else:
-                    raise self._late(phase)
+            self._until(partial(over, request), phase)
+
+    def _until(self, done: Callable[[], bool], phase: str) -> None:
+        """Give the core away between looks; then, as the others seem to be long at something, sleep."""
+        cell, started = self.cell, time.monotonic()
+        while not done():
+            cell[board.BEAT] += 1
+            waited = time.monotonic() - started
+            if waited < _SLEEPLESS:
+                os.sched_yield()
+            elif waited < self.deadline:
+                time.sleep(_NAP)
+            else:
+                raise self._late(phase)
 
     def _do(self, phase: str, begin: Callable[..., Any], *arguments: Any) -> None:
         """Begin a collective and wait for its end."""
@@ -318,23 +325,13 @@ class Mpi:
         self._wait([request], phase)
 
     def _wait(self, requests: list[Any], phase: str) -> None:
-        """Poll; then give the core away between polls; then, as the others seem to be long at something, sleep."""
+        """Poll with the core kept, for a while; then as ``_until`` does."""
         testall = self._mpi.Request.Testall
-        cell = self.cell
         try:
             for _ in range(self._polls):
                 if testall(requests):
                     return
-            started = time.monotonic()
-            while not testall(requests):
-                cell[board.BEAT] += 1
-                waited = time.monotonic() - started
-                if waited < _SLEEPLESS:
-                    os.sched_yield()
-                elif waited < self.deadline:
-                    time.sleep(_NAP)
-                else:
-                    raise self._late(phase)
+            self._until(lambda: testall(requests), phase)
         except self._mpi.Exception as error:
             self._unfinished += requests
             raise self._lost(error, phase) from None

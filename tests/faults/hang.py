@@ -12,8 +12,8 @@ from dptrain.board import RANK
 from dptrain.phases import Phase
 from tests.faults import jobs
 from tests.faults.fault import Fault, Outcome
-from tests.faults.live import joined, pace, signalled
-from tests.faults.oracle import PROGRAM, Surroundings, judge, undisturbed
+from tests.faults.live import begun, pace, signalled
+from tests.faults.oracle import Surroundings, judge, undisturbed
 
 KIND = "hang"
 
@@ -44,11 +44,8 @@ def stop(folder: Path, *, seed: int, phase: Phase, pauses: bool) -> Outcome:
     job = jobs.choose(rng)
     workers = rng.choice((2, 3, 4))
     truth = undisturbed(job.text)
-    (folder / "job.toml").write_text(job.text)
     place = Surroundings(folder)
-    line = [*PROGRAM, "run", "job.toml", "-n", str(workers), "--run-dir", "run", "--progress", "none"]
-    command = place.start(line)
-    live = joined(place, workers, lambda: command.running)
+    command, live = begun(place, job.text, workers)
     struck, said, rank = "before training", "", -1
     if live is not None:
         pace(live, rng.randrange(2, job.steps // 2))

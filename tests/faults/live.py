@@ -4,12 +4,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from dptrain import board
 from dptrain.board import PHASE, PID, STEP, Cell
 from dptrain.phases import NAMES, Phase
-from tests.faults.oracle import Surroundings
+from dptrain.processes import process
+from tests.faults.oracle import PROGRAM, Command, Surroundings
 
 TRIES = 60
 """Looks at a phase that is over before the signal comes, until whatever phase it is will do."""
@@ -19,30 +19,14 @@ class Job:
     """The workers of one machine, of a job that trains. None of them is this process's child."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
-        self.cells = [cell for cell in cells[1:] if cell[PID]]
+        self.cells = list(cells)
 
     @classmethod
     def among(cls, pids: Sequence[int], workers: int) -> "Job | None":
         """The job of these processes; None before all of its ``workers`` train."""
-        for pid in pids:
-            try:
-                handles = [Path(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
-            except OSError:
-                continue
-            for path in handles:
-                try:
-                    if not os.readlink(path).startswith(f"/memfd:{board.NAME}"):
-                        continue
-                    handle = os.open(path, os.O_RDWR)
-                except OSError:
-                    continue
-                try:
-                    size = os.fstat(handle).st_size // board.nbytes(0) - 1
-                    job = cls(board.mapped(handle, size))
-                finally:
-                    os.close(handle)
-                if len(job.cells) == size == workers and all(cell[STEP] > 0 for cell in job.cells):
-                    return job
+        for cells in map(board.held_by, pids):
+            if cells is not None and len(cells) == workers and all(cell[PID] and cell[STEP] > 0 for cell in cells):
+                return cls(cells)
         return None
 
     @property
@@ -72,7 +56,7 @@ class Job:
 
 
 def _stopped(cell: Cell) -> bool:
-    found = board.process(cell[PID])
+    found = process(cell[PID])
     return found is None or found.state in "TZX"
 
 
@@ -94,6 +78,16 @@ def until(condition: Callable[[], bool], seconds: float) -> bool:
         if time.monotonic() > deadline:
             return False
     return True
+
+
+def begun(
+    place: Surroundings, text: str, workers: int, *options: str, progress: str = "none"
+) -> tuple[Command, Job | None]:
+    """Start a job of that text in its surroundings, and see its workers as soon as all of them train."""
+    (place.folder / "job.toml").write_text(text)
+    line = [*PROGRAM, "run", "job.toml", "-n", str(workers), "--run-dir", "run", "--progress", progress, *options]
+    command = place.start(line)
+    return command, joined(place, workers, lambda: command.running)
 
 
 def joined(place: Surroundings, workers: int, running: Callable[[], bool]) -> Job | None:

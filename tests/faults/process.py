@@ -11,8 +11,8 @@ from dptrain.board import RANK, STEP, Cell
 from dptrain.phases import Phase
 from tests.faults import jobs
 from tests.faults.fault import Fault, Outcome
-from tests.faults.live import Job, joined, pace, signalled, until, usual_step
-from tests.faults.oracle import PROGRAM, Surroundings, judge, undisturbed
+from tests.faults.live import Job, begun, pace, signalled, until, usual_step
+from tests.faults.oracle import Surroundings, judge, undisturbed
 
 KIND = "process"
 
@@ -56,11 +56,8 @@ def kill(folder: Path, *, seed: int, phase: Phase, how_many: str) -> Outcome:
     job = jobs.choose(rng)
     workers = rng.choice((2, 3, 4, 5))
     truth = undisturbed(job.text)
-    (folder / "job.toml").write_text(job.text)
     place = Surroundings(folder)
-    line = [*PROGRAM, "run", "job.toml", "-n", str(workers), "--run-dir", "run", "--progress", "none"]
-    command = place.start(line)
-    live = joined(place, workers, lambda: command.running)
+    command, live = begun(place, job.text, workers)
     struck, recovery = "before training", None
     if live is not None:
         pace(live, rng.randrange(2, job.steps // 2))
