@@ -24,9 +24,9 @@ FLOORS = [
         "processes",
         "supervision",
     }
-    | {"mkl"},
+    | {"mkl", "v1"},
     {"job", "data", "nn", "optim"},
-    {"state", "checkpoint", "journal", "rundir", "membership", "rule", "fingerprint", "straggler"},
+    {"state", "checkpoint", "journal", "rundir", "membership", "rule", "fingerprint", "straggler", "wire"},
     {"exchange"},
     {"worker", "watch", "chronicle", "assemble", "beginning", "parts", "trace", "meeting", "recovery", "watchdog"}
     | {"corruption"},
@@ -105,11 +105,15 @@ def test_each_library_has_its_place() -> None:
         "mpi4py": {"dptrain.exchange.mpi"},
         "pydantic": {"dptrain.job.load"},
         "typer": {"dptrain.cli.app"},
+        "cryptography": {"dptrain.wire.certificates"},
         "pickle": set(),
     }
+    wire = ("dptrain.v1", "dptrain.wire", "dptrain.exchange.parameter_server", "dptrain.service")
     for path in modules():
         for other in imported(path.read_text()):
             if other.split(".")[0] in allowed and dotted(path) not in allowed[other.split(".")[0]]:
+                pytest.fail(f"{dotted(path)} imports {other}")
+            if other.split(".")[0] in ("grpc", "google") and not dotted(path).startswith(wire):
                 pytest.fail(f"{dotted(path)} imports {other}")
         assert "allow_pickle=True" not in path.read_text()
 
@@ -117,11 +121,11 @@ def test_each_library_has_its_place() -> None:
 @pytest.mark.parametrize(
     ("module", "free_of"),
     [
-        ("dptrain", {"numpy", "pydantic", "typer", "rich", "mpi4py", "safetensors"}),
-        ("dptrain.ranks", {"numpy", "pydantic", "typer", "rich", "mpi4py", "safetensors"}),
-        ("dptrain.cli.main", {"numpy", "pydantic", "typer", "rich", "mpi4py", "safetensors"}),
-        ("dptrain.supervise", {"numpy", "pydantic", "typer", "rich", "mpi4py", "safetensors"}),
-        ("dptrain.training", {"pydantic", "typer", "rich", "mpi4py", "pyarrow"}),
+        ("dptrain", {"numpy", "pydantic", "typer", "rich", "mpi4py", "safetensors", "grpc", "google"}),
+        ("dptrain.ranks", {"numpy", "pydantic", "typer", "rich", "mpi4py", "safetensors", "grpc", "google"}),
+        ("dptrain.cli.main", {"numpy", "pydantic", "typer", "rich", "mpi4py", "safetensors", "grpc", "google"}),
+        ("dptrain.supervise", {"numpy", "pydantic", "typer", "rich", "mpi4py", "safetensors", "grpc", "google"}),
+        ("dptrain.training", {"pydantic", "typer", "rich", "mpi4py", "pyarrow", "grpc", "google"}),
     ],
 )
 def test_importing_is_cheap(module: str, free_of: set[str]) -> None:
