@@ -16,7 +16,8 @@ from dptrain.job.load import check, complete, load_job
 from dptrain.job.spec import Job, plain
 from dptrain.layout import Array
 from dptrain.nn.layer import Model, Pass, Workspace
-from dptrain.training import Result, run
+from dptrain.result import Result
+from dptrain.training import run
 from dptrain.watch import Observer
 
 if TYPE_CHECKING:

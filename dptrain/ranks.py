@@ -18,7 +18,7 @@ from dptrain.launch import Announced, refuse_size
 
 if TYPE_CHECKING:
     from dptrain.exchange.mpi import Mpi
-    from dptrain.training import Result
+    from dptrain.result import Result
     from dptrain.watch import Observer
 
 Inherit = Callable[[Any], "Observer"]

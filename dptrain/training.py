@@ -3,61 +3,28 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from dptrain import arithmetic, supervision
 from dptrain.chronicle import Chronicle
-from dptrain.corruption import Auditor, checkpoints_up_to, set_aside
-from dptrain.errors import CheckpointError, CorruptionError, WorkerLost
+from dptrain.corruption import Auditor, set_aside
+from dptrain.errors import CorruptionError, WorkerLost
 from dptrain.exchange.communicator import Alone, Communicator
 from dptrain.job.spec import Job
-from dptrain.layout import Array, digest
+from dptrain.layout import digest
+from dptrain.origin import Origin
 from dptrain.parts import HOST, Parts
 from dptrain.phases import Phase, Phases
 from dptrain.recovery import Recovery
+from dptrain.result import Result
 from dptrain.state import State
 from dptrain.trace import Trace
 from dptrain.watch import Observer, Unwatched
 from dptrain.worker import StopRequest, Worker, together
 
-if TYPE_CHECKING:
-    from dptrain.beginning import Expected
-    from dptrain.checkpoint import Snapshot
-
 # What only the chief needs (run directory, checkpoints) is imported where it is used: eight ranks start on two cores.
-
-
-@dataclass(frozen=True)
-class Result:
-    """What result.json holds. ``state`` is "done", or "stopped" where a signal ended the run before its rule."""
-
-    state: str
-    steps: int
-    epochs: float
-    loss: float | None
-    metrics: dict[str, dict[str, float]]
-    samples_per_second: float
-    seconds: float
-    weights_sha256: str
-    job_sha256: str
-    workers: int
-    shards: int
-    exchange: str
-    arithmetic: dict[str, Any]
-    fingerprint: str
-    same_bits: bool
-    recoveries: list[dict[str, Any]]
-    per_worker: list[dict[str, Any]]
-    run_dir: str
-    reason: str = ""
-    result: str = "last"
-    signal: int = 0
-    attempt: int = 1
-    slowest: dict[str, Any] | None = None
 
 
 def run(
@@ -116,12 +83,20 @@ class _Run:
                 self.trace = Trace(self.wanted_trace, self.communicator)
                 self.phases = self.trace.phases
             parts = self.parts = Parts(self.job, self.own_model, self.communicator)
-            state = self._begin()
+            self.origin = Origin(
+                self.job,
+                parts,
+                self.communicator,
+                run_dir=self.wanted_dir,
+                resume=self.resume,
+                warned=lambda text: self.observer.warned(text),
+            )
+            state = self.origin.begin()
             self.chronicle = self._chronicle()
             together(self.communicator, "opening the journal", self._lead if self.chief else lambda: None)
             self.attempt = self.communicator.broadcast_json(self.attempt, "opening the journal")
             self.worker = self._worker(state)
-            self.worker.best = self.best
+            self.worker.best = self.origin.best
             auditor = self.worker.auditor = self._auditor()
             self.recovery = Recovery(self.worker, parts.meeting, self.chronicle, parts.hosts, self._lead, auditor)
             self.phases.start()
@@ -163,62 +138,12 @@ class _Run:
             together(self.communicator, "the result", finish)
         return result
 
-    def _begin(self) -> State:
-        """The run directory and the state to start from, the same on all workers."""
-        opened = together(self.communicator, "opening the run directory", self._open)
-        self.run_dir = Path(self.communicator.broadcast_json(opened, "opening the run directory"))
-        np.copyto(self.parts.exchange.store.weights(0), self.parts.start)
-        self.start_digest = digest(self.parts.start) if self.job.model.init_from else ""
-        del self.parts.start
-        return self._hand_out(together(self.communicator, "reading the checkpoint", self._restore))
-
-    def _hand_out(self, snapshot: "Snapshot | None") -> State:
-        """The state of the chief's snapshot, everybody's. Where there is none, step 0 with whatever lies there."""
-        store, names = self.parts.exchange.store, self.parts.update.optimizer.slots
-        self.best: Array | None = None
-        header = snapshot.manifest if snapshot else None
-        header = self.manifest = self.communicator.broadcast_json(header, "reading the checkpoint")
-        state = State(0, 0, store.weights(0), store.slots(0), 0)
-        if header is not None:
-            if snapshot:
-                for vector, name in zip((store.weights(0), *store.slots(0)), ("weights", *names), strict=True):
-                    np.copyto(vector, snapshot.groups[name])
-            if "best" in header["groups"]:
-                self.best = snapshot.groups["best"].copy() if snapshot else np.empty_like(state.weights)
-            for vector in (*store.slots(0), store.weights(0), *([self.best] if self.best is not None else [])):
-                self.communicator.broadcast(vector, "handing out the checkpoint")
-            from dptrain.checkpoint import judgement_of
-
-            state = state._replace(
-                step=header["step"],
-                updates=header["updates"],
-                judgement=judgement_of(header),
-            )
-        return state
-
     def _go_back(self, trusted: int) -> State:
-        """The newest checkpoint up to a step, or else the start of the run, as everybody's state."""
-        snapshot = together(self.communicator, "going back", lambda: self._trusted(trusted))
-        state = self._hand_out(snapshot)
-        if self.manifest is None:
-            together(self.communicator, "going back", lambda: self._start_again(state.weights))
-            for slot in state.slots:
-                slot.fill(0)
-            self.communicator.broadcast(state.weights, "going back")
-        self.worker.best = self.best
-        self.chronicle.restore(self.manifest or {"epoch_loss": [None, 0.0, 0.0]}, self.best)
+        """Go back to a step or before, on all workers."""
+        state = self.origin.go_back(trusted, self._distrust)
+        self.worker.best = self.origin.best
+        self.chronicle.restore(self.origin.manifest or {"epoch_loss": [None, 0.0, 0.0]}, self.origin.best)
         return state
-
-    def _trusted(self, trusted: int) -> "Snapshot | None":
-        """The chief's newest checkpoint up to a step; newer ones are checkpoints no more."""
-        if not self.chief:
-            return None
-        from dptrain import beginning, rundir
-
-        self._distrust(trusted)
-        if not checkpoints_up_to(self.run_dir / rundir.CHECKPOINTS, trusted):
-            return None
-        return beginning.restore(self.run_dir, self._expected(), self.observer.warned)
 
     def _distrust(self, trusted: int) -> None:
         """Set the checkpoints that are newer than a step aside, on the chief."""
@@ -226,24 +151,6 @@ class _Run:
         if writer is not None:
             writer.wait()
             set_aside(writer.folder, trusted)
-
-    def _start_again(self, weights: Array) -> None:
-        """The weights before the first step, on the chief."""
-        if not self.chief:
-            return
-        weights.fill(0)
-        self.parts.assembly.model.initialise(weights, self.job.seed)
-        if self.start_digest:
-            from dptrain import beginning
-
-            np.copyto(weights, beginning.warm_start(self.job, self.parts.assembly.model.layout))
-            if digest(weights) != self.start_digest:
-                raise CheckpointError(
-                    f"model.init_from = {self.job.model.init_from!r}",
-                    expected="the weights that this run began with",
-                    found="others",
-                    cure="name one checkpoint there, as step-<n>, and start again",
-                )
 
     def _auditor(self) -> Auditor:
         parts = self.parts
@@ -257,38 +164,6 @@ class _Run:
             repeatable=parts.probe.repeatable,
             go_back=self._go_back,
             distrust=self._distrust,
-        )
-
-    def _open(self) -> str | None:
-        if not self.chief:
-            return None
-        from dptrain import beginning
-
-        return str(beginning.directory(self.job, self.wanted_dir, resume=self.resume))
-
-    def _restore(self) -> "Snapshot | None":
-        """What to go on from, on the chief; only then is it certain that the run directory is this job's."""
-        if not self.chief:
-            return None
-        from dptrain import beginning
-
-        found = None
-        if self.resume:
-            found = beginning.restore(self.run_dir, self._expected(), self.observer.warned)
-            if found is None:
-                self.parts.notes.append("no checkpoint yet: training starts at step 0")
-        beginning.echo(self.run_dir, self.job, self.parts.plan["encoding"])
-        return found
-
-    def _expected(self) -> "Expected":
-        from dptrain.beginning import Expected
-
-        return Expected(
-            self.job,
-            self.parts.digests,
-            self.parts.probe.fingerprint,
-            self.parts.arithmetic,
-            self.parts.assembly.model.layout,
         )
 
     def _chronicle(self) -> Chronicle:
@@ -311,8 +186,8 @@ class _Run:
                 "dtype": self.job.train.dtype,
             },
         )
-        if self.manifest is not None:
-            chronicle.restore(self.manifest, self.best)
+        if self.origin.manifest is not None:
+            chronicle.restore(self.origin.manifest, self.origin.best)
         return chronicle
 
     def _lead(self) -> None:
@@ -322,20 +197,20 @@ class _Run:
 
         succeeds = self.attempt > 0
         if succeeds:
-            checkpoint.clean(self.run_dir)
-            checkpoint.clean(self.run_dir / rundir.CHECKPOINTS)
+            checkpoint.clean(self.origin.run_dir)
+            checkpoint.clean(self.origin.run_dir / rundir.CHECKPOINTS)
             if self.successor is not None:
                 self.observer = self.successor()
-        journal = Journal(self.run_dir / rundir.JOURNAL, self.attempt or None)
+        journal = Journal(self.origin.run_dir / rundir.JOURNAL, self.attempt or None)
         self.attempt = journal.attempt
         layout = self.parts.assembly.model.layout
-        writer = checkpoint.Writer(self.run_dir / rundir.CHECKPOINTS, layout, self.job.output.generations)
+        writer = checkpoint.Writer(self.origin.run_dir / rundir.CHECKPOINTS, layout, self.job.output.generations)
         self.chronicle.lead(journal, writer, self.observer)
-        step = self.worker.state.step if succeeds else self.manifest["step"] if self.manifest else 0
-        supervision.opened(self.run_dir, self.attempt, step)
+        step = self.worker.state.step if succeeds else self.origin.manifest["step"] if self.origin.manifest else 0
+        supervision.opened(self.origin.run_dir, self.attempt, step)
         self.observer.started(
             {
-                "run_dir": str(self.run_dir),
+                "run_dir": str(self.origin.run_dir),
                 "trace": "" if self.wanted_trace is None else str(self.wanted_trace),
                 "name": self.job.name,
                 "workers": self.communicator.size,
@@ -414,7 +289,7 @@ class _Run:
                     same_bits=self.same_bits,
                     recoveries=self.recovery.log,
                     per_worker=per_worker,
-                    run_dir=str(self.run_dir),
+                    run_dir=str(self.origin.run_dir),
                     reason=self.parts.rule.reached(state.judgement),
                     result="best" if keeps_best else "last",
                     signal=0 if done else worker.stopped_by,
@@ -435,11 +310,11 @@ class _Run:
             from dptrain import checkpoint, rundir
 
             layout = self.parts.assembly.model.layout
-            checkpoint.export(self.run_dir / rundir.WEIGHTS, weights, layout)
-            rundir.write_json(self.run_dir / rundir.RESULT, content)
+            checkpoint.export(self.origin.run_dir / rundir.WEIGHTS, weights, layout)
+            rundir.write_json(self.origin.run_dir / rundir.RESULT, content)
 
         if self.trace is not None:
-            complaint = self.trace.write(HOST, {"job": self.job.name, "run_dir": str(self.run_dir)})
+            complaint = self.trace.write(HOST, {"job": self.job.name, "run_dir": str(self.origin.run_dir)})
             if complaint is not None:
                 self.observer.warned(str(complaint))
         together(self.communicator, "writing the result", write)
@@ -449,7 +324,7 @@ class _Run:
     @property
     def same_bits(self) -> bool:
         """Whether the weights are those of any other way to train this job, as far as this run can know."""
-        before = self.manifest
+        before = self.origin.manifest
         trusted = before is None or (before["same_bits"] and before["fingerprint"] == self.parts.probe.fingerprint)
         return self.parts.exchange.same_bits and self.parts.probe.repeatable and trusted
 

@@ -30,7 +30,7 @@ FLOORS = [
     {"exchange"},
     {"worker", "watch", "chronicle", "assemble", "beginning", "parts", "trace", "meeting", "recovery", "watchdog"}
     | {"corruption"},
-    {"training", "plan", "launch", "ranks", "api", "launcher", "scratch", "supervise"},
+    {"training", "origin", "result", "plan", "launch", "ranks", "api", "launcher", "scratch", "supervise"},
     {"cli"},
 ]
 PACKAGES = {"job", "data", "nn", "optim"}

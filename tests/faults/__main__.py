@@ -1,7 +1,9 @@
 """``python -m tests.faults``: the long campaign. Exits with 1 if any fault ended otherwise than it should."""
 
 import argparse
+import dataclasses
 import itertools
+import json
 import os
 import random
 import shlex
@@ -13,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from tests.faults.fault import Fault, Tally, mixed, perform
+from tests.faults.fault import Fault, Outcome, Tally, mixed, perform
 
 WEIGHTS = {"process": 4, "hang": 2, "storage": 3, "data": 1}
 """The kinds, each a module of this package with ``faults(seed)``, and how often each comes."""
@@ -31,6 +33,25 @@ def chosen(kinds: Sequence[str], seed: int, name: str) -> Iterator[Fault]:
     return itertools.islice((fault for fault in everything if fault.name == name), 1)
 
 
+def part_of(text: str) -> tuple[int, int]:
+    """Which of how many parts, counted from 1, as in "2/4"."""
+    number, _, parts = text.partition("/")
+    if not 1 <= int(number) <= int(parts):
+        raise ValueError(text)
+    return int(number), int(parts)
+
+
+def recorded(paths: Sequence[Path]) -> Tally:
+    """What became of the faults that were written to files by ``--record``."""
+    tally = Tally()
+    for path in paths:
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            fault = Fault(entry.pop("kind"), entry.pop("name"), lambda folder: Outcome("no verdict"))
+            tally.add(fault, Outcome(**entry))
+    return tally
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run faults, tell of each that ended badly at once, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
@@ -40,7 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", default="", help="only the fault of this name")
     parser.add_argument("--keep", action="store_true", help="keep the folders of faults that ended badly")
     parser.add_argument("--verbose", "-v", action="store_true", help="tell of each fault, not only of bad ends")
+    parser.add_argument(
+        "--part", type=part_of, default=(1, 1), metavar="I/N", help="only each N-th fault, from the I-th"
+    )
+    parser.add_argument("--record", type=Path, metavar="FILE", help="add a line for each fault to a file")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only print the table of such files")
     asked = parser.parse_args(arguments)
+    if asked.table:
+        tally = recorded(asked.table)
+        print(tally.table())
+        return 1 if tally.bad else 0
     seed = random.SystemRandom().randrange(1 << 31) if asked.seed is None else asked.seed
     print(f"seed {seed}", flush=True)
 
@@ -51,12 +81,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DPTRAIN_CACHE", str(work / "cache"))
     done = 0
     try:
-        for number, fault in enumerate(itertools.islice(chosen(asked.kinds, seed, asked.name), asked.runs)):
+        part, parts = asked.part
+        campaign = itertools.islice(chosen(asked.kinds, seed, asked.name), part - 1, asked.runs, parts)
+        for number, fault in enumerate(campaign):
             folder = work / f"{number:05d}"
             started = time.monotonic()
             outcome = perform(fault, folder)
             done += 1
             tally.add(fault, outcome)
+            if asked.record is not None:
+                entry = {"kind": fault.kind, "name": fault.name, **dataclasses.asdict(outcome)}
+                with asked.record.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
             if asked.verbose or not outcome.good:
                 seconds = time.monotonic() - started
                 print(f"{outcome.verdict}: {fault.kind}: {fault.name} [{outcome.phase}] {seconds:.1f} s", flush=True)
