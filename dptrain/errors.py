@@ -112,6 +112,22 @@ class PeerFailed(DptrainError):
         self.exit_code = code
 
 
+class RefusedError(DptrainError):
+    """Who connects, or listens, may not: no token, a wrong one, one for less, or an address that isn't safe enough."""
+
+
+class UnreachableError(DptrainError):
+    """A server did not answer, or not in time."""
+
+    exit_code = 3
+
+
+class BusyError(DptrainError):
+    """A server has as much to do, or was sent as much, as it allows."""
+
+    exit_code = 3
+
+
 def exit_code(error: BaseException) -> int:
     """The process's exit code for an error: 2 for bad input, 1 for a bug, or what the error says."""
     if isinstance(error, MemoryError):

@@ -23,6 +23,12 @@ app = typer.Typer(
 )
 
 
+certs = typer.Typer(help="Certificates for TLS.", no_args_is_help=True)
+token = typer.Typer(help="Who may call a server: the tokens that it knows.", no_args_is_help=True)
+app.add_typer(certs, name="certs")
+app.add_typer(token, name="token")
+
+
 class Context(NamedTuple):
     """What the entry point found out: the launcher's word, and the way to the other workers if there are any."""
 
@@ -176,3 +182,70 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     findings = examine(os.environ)
     show(findings, as_json)
     raise typer.Exit(int(any(finding.stops for finding in findings)))
+
+
+class Role(StrEnum):
+    """What a token is for."""
+
+    read = "read"
+    submit = "submit"
+    admin = "admin"
+    worker = "worker"
+
+
+Tokens = Annotated[Path, typer.Option("--tokens", metavar="FILE", help="The server's file of tokens.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Whose token it is.", show_default=False)]
+
+
+@certs.command("init", epilog="Example: [bold]dptrain certs init certs --host trainer.lan --host 10.0.0.5[/]")
+def certs_init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go.", show_default=False)],
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option("--host", metavar="HOST", help="A name or address that the server is called by. Repeatable."),
+    ] = None,
+    days: Annotated[int, typer.Option("--days", min=1, max=3650, help="How long they are good for.")] = 825,
+) -> None:
+    """Make a CA, and certificates of it for a server and a client."""
+    from dptrain.wire.certificates import init
+
+    for path in init(folder, hosts or (), days):
+        print(path)
+
+
+@token.command("create", epilog="Example: [bold]dptrain token create ada --role worker --tokens tokens.json[/]")
+def token_create(
+    name: Name,
+    tokens: Tokens,
+    role: Annotated[Role, typer.Option("--role", help="What it is for.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write it there, for --token-file, instead of printing it."),
+    ] = None,
+) -> None:
+    """Make a token. It is shown this once; the server keeps its hash alone."""
+    from dptrain.wire.tokens import Role as Wanted
+    from dptrain.wire.tokens import TokenFile, keep
+
+    held = TokenFile(tokens)
+    if out is None:
+        print(held.create(name, Wanted(role.value)))
+    else:
+        keep(out, lambda: held.create(name, Wanted(role.value)))
+
+
+@token.command("revoke", epilog="Example: [bold]dptrain token revoke ada --tokens tokens.json[/]")
+def token_revoke(name: Name, tokens: Tokens) -> None:
+    """Take a token out. The server refuses it from its next call on."""
+    from dptrain.wire.tokens import TokenFile
+
+    TokenFile(tokens).revoke(name)
+
+
+@token.command("list", epilog="Example: [bold]dptrain token list --tokens tokens.json[/]")
+def token_list(tokens: Tokens) -> None:
+    """Say whose tokens there are, what for, and since when."""
+    from dptrain.wire.tokens import TokenFile
+
+    for entry in TokenFile(tokens).entries():
+        print(f"{entry.name}\t{entry.role}\t{entry.created}")
