@@ -21,6 +21,9 @@ PID, BORN, RANK, BEAT, STEP, PHASE, ENDED, BEGUN = range(8)
 _CELL = 8
 _ITEM = 8
 
+CELL_BYTES = _CELL * _ITEM
+"""The size of a cell, which is that of a line of the cache."""
+
 Cell = memoryview
 """Eight integers of 64 bits."""
 

@@ -57,25 +57,17 @@ class Parts:
         plan = self._prepare()
         a = self.assembly = together(communicator, "setting up", lambda: assemble(job, plan, self.own_model))
         self.plan = plan
-        self.batches = together(communicator, "setting up", lambda: _batches(a))
+        self.batches = together(communicator, "setting up", lambda: batches_of(a))
         self.rule = Rule(job.train, self.batches.steps_per_epoch, a.dataset.validation.rows > 0)
         self.update = a.update(self.rule.total_steps)
         self.evaluator = a.evaluator()
-        self.start = together(communicator, "setting up", self._start_weights)
+        self.start = together(communicator, "setting up", lambda: start_of(a))
         accumulator, self.probe = together(communicator, "probing the arithmetic", self._probe)
         self.accumulator: Accumulator = accumulator
         self.digests = self._digest()
         self._compare_workers()
         self.meeting = Meeting(job.exchange, communicator, self.membership, self.update, self.accumulator)
-        self.reader = Reader(
-            self.batches,
-            a.dataset.sample_shape,
-            a.sample.dtype,
-            a.sample.target_shape,
-            a.sample.target_dtype,
-            dtype=a.dtype,
-            prefetch=a.dataset.train.waits,
-        )
+        self.reader = reader_of(a, self.batches)
         crowd = crowded(len(self.meeting.machines.here), job.arithmetic.threads)
         if crowd:
             self.notes.append(crowd)
@@ -123,15 +115,6 @@ class Parts:
                     )
                 )
         return next((plan for other, plan in every if other == host and plan is not None), plans[0])
-
-    def _start_weights(self) -> Array:
-        weights = np.zeros(self.assembly.model.layout.size, self.assembly.dtype)
-        self.assembly.model.initialise(weights, self.job.seed)
-        if self.job.model.init_from:
-            from dptrain import beginning
-
-            np.copyto(weights, beginning.warm_start(self.job, self.assembly.model.layout))
-        return weights
 
     def _probe(self) -> tuple[Accumulator, Probe]:
         a = self.assembly
@@ -206,7 +189,19 @@ def at_once(accumulator: Accumulator, own: int) -> int:
     return max(1, min(own, ACTIVATIONS // activations, GRADIENTS // gradients))
 
 
-def _batches(a: Assembly) -> Batches:
+def start_of(a: Assembly) -> Array:
+    """The weights before the first step."""
+    weights = np.zeros(a.model.layout.size, a.dtype)
+    a.model.initialise(weights, a.job.seed)
+    if a.job.model.init_from:
+        from dptrain import beginning
+
+        np.copyto(weights, beginning.warm_start(a.job, a.model.layout))
+    return weights
+
+
+def batches_of(a: Assembly) -> Batches:
+    """The job's batches. Raises DataError where there are too few rows."""
     train = a.job.train
     return Batches(
         a.dataset.train,
@@ -215,4 +210,17 @@ def _batches(a: Assembly) -> Batches:
         shards=a.shards,
         shuffle=a.job.data.shuffle,
         drop_last=train.drop_last,
+    )
+
+
+def reader_of(a: Assembly, batches: Batches) -> Reader:
+    """What reads them."""
+    return Reader(
+        batches,
+        a.dataset.sample_shape,
+        a.sample.dtype,
+        a.sample.target_shape,
+        a.sample.target_dtype,
+        dtype=a.dtype,
+        prefetch=a.dataset.train.waits,
     )

@@ -320,19 +320,19 @@ def together(communicator: Communicator, phase: str, action: Callable[[], T]) ->
 
 def named(failure: BaseException, rank: int, step: int, phase: str) -> DptrainError:
     """A failure as the one line that says who, where, at which step, in which phase, and why."""
+    return told_at(failure, f"rank {rank} at step {step} in {phase}")
+
+
+def told_at(failure: BaseException, where: str) -> DptrainError:
+    """A failure as one line; ``where`` says who, at which step, in which phase."""
     if isinstance(failure, DptrainError):
         return failure
     if isinstance(failure, MemoryError):
         return OutOfMemory(
-            f"rank {rank} at step {step} in {phase}",
+            where,
             expected=f"room for one more array beside the {peak_memory() >> 20} MB that this worker has needed so far",
             found=str(failure) or "none",
             cure="start fewer workers here or lower train.batch_size; `dptrain check -n N` says what each needs",
         )
     why = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
-    return WorkerCrashed(
-        f"rank {rank} at step {step} in {phase}",
-        expected="no exception",
-        found=why,
-        cure="its traceback tells where",
-    )
+    return WorkerCrashed(where, expected="no exception", found=why, cure="its traceback tells where")

@@ -30,7 +30,7 @@ FLOORS = [
     {"exchange"},
     {"worker", "watch", "chronicle", "assemble", "beginning", "parts", "trace", "meeting", "recovery", "watchdog"}
     | {"corruption"},
-    {"training", "origin", "result", "plan", "launch", "ranks", "api", "launcher", "scratch", "supervise"},
+    {"companion", "training", "origin", "result", "plan", "launch", "ranks", "api", "launcher", "scratch", "supervise"},
     {"cli"},
 ]
 PACKAGES = {"job", "data", "nn", "optim"}

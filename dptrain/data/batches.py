@@ -138,6 +138,11 @@ class Reader:
         if self._thread is not None:
             self._thread.start()
 
+    @property
+    def rows_read(self) -> int:
+        """Rows of the part that have been read so far."""
+        return self._batches.part.rows_read
+
     def load(self, step: int, lo: int, hi: int, then: Request | None = None) -> Loaded:
         """The shards lo to hi - 1 of ``step``; ``then`` names the request that will probably be next.
 

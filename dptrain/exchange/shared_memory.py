@@ -23,15 +23,18 @@ HOST = os.uname().nodename
 
 
 class Reserved:
-    """Memory that others may attach to by ``path`` until it is released; what is attached stays."""
+    """Memory that others may attach to by ``path`` until it is released; what is attached stays.
+
+    ``handle`` is its open file, for processes that inherit it.
+    """
 
     def __init__(self, handle: int, path: str, name: Path | None) -> None:
         self.path = path
-        self._handle, self._name = handle, name
+        self.handle, self._name = handle, name
 
     def release(self) -> None:
         """Nobody can attach any more."""
-        os.close(self._handle)
+        os.close(self.handle)
         if self._name is not None:
             self._name.unlink()
 

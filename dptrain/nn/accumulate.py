@@ -75,11 +75,11 @@ class Loss(Protocol):
 class Partials:
     """Gradient sums of nodes of the tree.
 
-    Row i of ``vectors`` (m, size) and of ``tallies`` (m, 3) is that of ``nodes[i]``.
+    Row i of ``vectors`` (m, size), or vector i of a list, and row i of ``tallies`` (m, 3) are those of ``nodes[i]``.
     """
 
     nodes: Sequence[Node]
-    vectors: Array
+    vectors: Array | Sequence[Array]
     tallies: npt.NDArray[np.float64]
 
 

@@ -1,0 +1,1 @@
+"""Workers and servers that meet over gRPC, without MPI."""
