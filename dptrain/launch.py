@@ -228,6 +228,11 @@ def command(
     return line, {**needs(name, n), **environ}
 
 
+def crew(n: int, argv: Sequence[str]) -> list[str]:
+    """The command line that starts a parameter server with these arguments and ``n`` workers, without MPI."""
+    return [sys.executable, "-P", "-m", "dptrain.crew", str(n), *argv]
+
+
 def needs(name: str, n: int) -> dict[str, str]:
     """What the environment must say for an MPI to start ``n`` workers on this machine."""
     if name != "Open MPI":

@@ -76,6 +76,19 @@ class Meeting:
             )
 
     def _plain(self, dtype: npt.DTypeLike, rows: int) -> Exchange:
+        if self.kind == "ps":
+            from dptrain.exchange.parameter_server.exchange import Chief, ParameterServer
+
+            assert isinstance(self.communicator, Chief)
+            return ParameterServer(
+                self.communicator,
+                self.membership,
+                self.update,
+                dtype,
+                lease_seconds=self.wanted.lease_seconds,
+                deadline=self.wanted.deadline,
+                backup_workers=self.wanted.backup_workers,
+            )
         if self.kind == "solo":
             return Solo(self.communicator, self.membership, self.update, dtype, rows)
         from dptrain.exchange.allreduce import Allreduce

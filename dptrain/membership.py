@@ -47,3 +47,20 @@ class Membership:
     def share(self, rank: int, total: int) -> tuple[int, int]:
         """A worker's part of ``total`` pieces of work that any worker can do, such as blocks of an evaluation."""
         return total * rank // self.size, total * (rank + 1) // self.size
+
+
+class Coordinating(Membership):
+    """That of one process which adds up what others compute: it has no shards, and no share in other work."""
+
+    def owned_by(self, rank: int) -> tuple[int, int]:
+        """None."""
+        return self.shards, self.shards
+
+    @property
+    def spares(self) -> int:
+        """Those that compute come and go."""
+        return 0
+
+    def share(self, rank: int, total: int) -> tuple[int, int]:
+        """None."""
+        return total, total

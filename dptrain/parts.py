@@ -22,7 +22,7 @@ from dptrain.job.digest import JobDigest, digest_job
 from dptrain.job.spec import Job
 from dptrain.layout import Array, digest
 from dptrain.meeting import Meeting, for_all
-from dptrain.membership import Membership
+from dptrain.membership import Coordinating, Membership
 from dptrain.nn.accumulate import Accumulator
 from dptrain.nn.layer import Workspace
 from dptrain.optim import make_schedule
@@ -49,7 +49,8 @@ class Parts:
         self.job, self.own_model, self.communicator = job, own_model, communicator
         self.notes: list[str] = []
         assert job.train.shards is not None
-        self.membership = Membership(communicator.rank, communicator.size, job.train.shards)
+        kind = Coordinating if job.exchange.type == "ps" else Membership
+        self.membership = kind(communicator.rank, communicator.size, job.train.shards)
         machines = communicator.machines()
         every = communicator.allgather_json(HOST, "setting up")
         self.hosts: dict[int, str] = dict(zip(communicator.members, every, strict=True))
@@ -68,6 +69,7 @@ class Parts:
         self._compare_workers()
         self.meeting = Meeting(job.exchange, communicator, self.membership, self.update, self.accumulator)
         self.reader = reader_of(a, self.batches)
+        self.exchange.admit(self.identity)
         crowd = crowded(len(self.meeting.machines.here), job.arithmetic.threads)
         if crowd:
             self.notes.append(crowd)
@@ -85,6 +87,16 @@ class Parts:
     def exchange(self) -> Exchange:
         """That of the workers that live."""
         return self.meeting.exchange
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What all workers of a run have to agree on."""
+        return {
+            "job": self.digests.job,
+            "data": self.assembly.dataset.digest,
+            "fingerprint": self.probe.fingerprint,
+            "arithmetic": arithmetic.named(self.arithmetic),
+        }
 
     def _prepare(self) -> dict[str, Any]:
         """The data, parsed and scanned once on every machine."""

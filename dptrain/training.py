@@ -260,9 +260,10 @@ class _Run:
             ("test", self.parts.assembly.dataset.test),
         ):
             if part.rows and done:
-                metrics[name] = worker.evaluate(weights, part, state.step)
+                metrics[name] = worker.evaluate(weights, part, name)
         self.phases.begin(Phase.OTHER)
         per_worker = self.communicator.allgather_json(self._own_figures(worker), "the result")
+        per_worker += self.parts.exchange.others()
         content: dict[str, Any] | None = None
         if self.chief:
             slow = chronicle.slowest()
@@ -277,7 +278,7 @@ class _Run:
                     seconds=round(seconds, 4),
                     weights_sha256=digest(weights),
                     job_sha256=self.parts.digests.job,
-                    workers=len(self.parts.hosts),
+                    workers=len(self.parts.exchange.others()) or len(self.parts.hosts),
                     shards=self.parts.assembly.shards,
                     exchange=self.parts.exchange.name,
                     arithmetic={

@@ -186,7 +186,7 @@ class Worker:
 
     def judge(self) -> None:
         """Evaluate the validation part and remember what that decides."""
-        self.judged(self.evaluate(self.state.weights, self.validation, self.state.step))
+        self.judged(self.evaluate(self.state.weights, self.validation, "validation"))
 
     def judged(self, figures: dict[str, float]) -> None:
         """What an evaluation of ``state`` decides."""
@@ -207,9 +207,10 @@ class Worker:
         exchange.phases = self.phases
         self._plan = self.accumulator.schedule(*exchange.membership.mine)
 
-    def evaluate(self, weights: Array, part: Rows, step: int) -> dict[str, float]:
+    def evaluate(self, weights: Array, part: Rows, name: str) -> dict[str, float]:
         """Loss and metrics over a part, the blocks shared among the workers, the same bits for any number."""
-        membership = self.exchange.membership
+        membership, step = self.exchange.membership, self.state.step
+        self.exchange.judging(weights, name, self.state)
         total = self.evaluator.blocks(part)
         lo, hi = membership.share(membership.rank, total)
         failure: BaseException | None = None
@@ -259,7 +260,7 @@ class Worker:
     def _blame(self, state: State) -> NonFiniteError:
         """Find the first shard, and the tensor in it, whose gradient or loss is not finite, among all workers."""
         shards = self.accumulator.shards
-        mine = [self._first_not_finite(state, shard) for shard in range(*self.exchange.membership.mine)]
+        mine = [self._first_not_finite(state, shard) for shard in self.exchange.suspects]
         found = [place for place in mine if place is not None]
         places = self.exchange.communicator.allgather_json(found[:1], "non-finite gradient")
         everywhere = sorted((shard, rank, what) for rank, some in enumerate(places) for shard, what in some)

@@ -30,7 +30,8 @@ FLOORS = [
     {"exchange"},
     {"worker", "watch", "chronicle", "assemble", "beginning", "parts", "trace", "meeting", "recovery", "watchdog"}
     | {"corruption"},
-    {"companion", "training", "origin", "result", "plan", "launch", "ranks", "api", "launcher", "scratch", "supervise"},
+    {"companion", "training", "origin", "result", "plan", "launch", "ranks", "api", "launcher", "scratch", "supervise"}
+    | {"serve", "joined", "crew"},
     {"cli"},
 ]
 PACKAGES = {"job", "data", "nn", "optim"}

@@ -110,12 +110,63 @@ def run(
             "row without a newer one. Default: 3.",
         ),
     ] = None,
+    exchange: Annotated[
+        str | None,
+        typer.Option(
+            "--exchange", metavar="TYPE", help="The same as --set exchange.type=TYPE. ps: a parameter server, no MPI."
+        ),
+    ] = None,
 ) -> None:
     """Train a job. Under mpirun this is one worker; with -n it starts mpirun itself; with neither it is alone."""
     from dptrain.cli.run import Request, train
 
-    asked = Request(job, tuple(sets or ()), n, run_dir, resume, progress.value, trace, max_restarts)
+    assignments = (*(sets or ()), *([f"exchange.type={exchange}"] if exchange is not None else []))
+    asked = Request(job, assignments, n, run_dir, resume, progress.value, trace, max_restarts)
     raise typer.Exit(train(asked, context.obj.place, context.obj.leader))
+
+
+@app.command("param-server", epilog="Example: [bold]dptrain param-server job.toml --listen unix:/tmp/ps.sock[/]")
+def param_server(
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="ADDR", help="unix:PATH, or HOST:PORT of this machine alone.")
+    ],
+    job: JobFile = None,
+    sets: Sets = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. Default: a new one in runs/."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest good checkpoint in --run-dir.")
+    ] = False,
+    progress: Annotated[
+        Watch, typer.Option("--progress", envvar="DPTRAIN_PROGRESS", help="A bar, plain lines, or the end alone.")
+    ] = Watch.auto,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="Write where the server's time goes.")
+    ] = None,
+) -> None:
+    """Train a job with the workers that join: its parameter server."""
+    from dptrain.cli.parameter_server import serve
+    from dptrain.cli.run import Request
+
+    serve(Request(job, tuple(sets or ()), None, run_dir, resume, progress.value, trace), listen)
+
+
+@app.command(epilog="Example: [bold]dptrain worker --server unix:/tmp/ps.sock[/]")
+def worker(
+    server: Annotated[
+        str, typer.Option("--server", metavar="ADDR[,ADDR...]", help="Where the parameter server listens.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="PATH", help="The job's data on this machine. Default: where the job says."),
+    ] = None,
+) -> None:
+    """Compute for a parameter server, which says what."""
+    from dptrain.joined import work
+
+    raise typer.Exit(work(server.split(","), data=data))
 
 
 @app.command(epilog="Example: [bold]dptrain check job.toml --set train.shards=4 -n 8[/]")

@@ -95,8 +95,8 @@ MEANINGS = {
     "which is faster on Intel CPUs and gives other bits.",
     "arithmetic.accept_other": "Resume a checkpoint made with other arithmetic; gives up the promise of the same bits.",
     "arithmetic.compiled": "Use numba, where installed, for what it makes faster with the same bits.",
-    "exchange.type": "auto: solo for one worker, node for several. allreduce does not promise the same bits for "
-    "another number of workers.",
+    "exchange.type": "auto: solo for one worker, node for several. ps: a parameter server, without MPI. allreduce does "
+    "not promise the same bits for another number of workers.",
     "exchange.coordinators": "How many workers share the update; 0: all.",
     "exchange.deadline": "Seconds that a worker waits for the others before it gives up.",
     "exchange.hang_seconds": "Seconds without a sign of life, or ten steps, after which a worker is ended; 0: never.",
@@ -104,6 +104,8 @@ MEANINGS = {
     "allreduce: among workers); who differs is left behind; 0: never.",
     "exchange.recheck_steps": "Steps between rechecks, in which a worker computes some of another's shards too; "
     "0: never.",
+    "exchange.lease_seconds": "ps: seconds without a sign of life after which a worker's shards are given to others.",
+    "exchange.backup_workers": "ps: how many of the slowest shards of a step are computed twice.",
     "output.runs": "The folder in which runs get their directories.",
     "output.journal_steps": "Steps between lines of journal.jsonl; 0: as often as keeps it small.",
     "output.checkpoint_seconds": "Seconds between checkpoints; 0: none by time.",

@@ -51,6 +51,8 @@ def train(request: Request, place: launch.Announced, leader: Any) -> int:
     width = terminal.width(place)
     if request.n is not None and request.n > 1 and place.alone:
         return _start(request, width)
+    if place.rank is None and _wants_server(request):
+        return _start(request._replace(n=request.n or 1), width)
     if place.rank is None and request.n is None:
         launch.refuse_batch_shell(os.environ)
     from dptrain.job.load import load_job
@@ -79,7 +81,7 @@ def _start(request: Request, width: int | None) -> int:
     n, environ = request.n, dict(os.environ)
     assert n is not None
     # A wrong key is told here, once, before anything is started.
-    load_job(job_path(request.job), request.sets, environ)
+    serves = load_job(job_path(request.job), request.sets, environ).exchange.type == "ps"
     mode = request.progress if request.progress != "auto" else "plain" if width is None else "bar"
     environ["DPTRAIN_PROGRESS"] = mode
     keyless = {
@@ -101,6 +103,8 @@ def _start(request: Request, width: int | None) -> int:
             again = request._replace(resume=True)
         started = True
         said = environ if run_dir is None else keyless
+        if serves:
+            return Start(launch.crew(n, again.argv()[1:]), said, 1)
         return Start(*launch.command(n, again.argv(), said, live=mode == "bar"), n)
 
     def by_hand(run_dir: Path | None) -> str:
@@ -120,6 +124,15 @@ def _start(request: Request, width: int | None) -> int:
         if code and mode == "bar":
             _mend_terminal()
     return code
+
+
+def _wants_server(request: Request) -> bool:
+    """Whether the job, which is read here only where it could be, is one for a parameter server."""
+    if request == Request(progress=request.progress) and not Path("dptrain.toml").exists():
+        return os.environ.get("DPTRAIN_EXCHANGE__TYPE") == "ps"
+    from dptrain.job.load import load_job
+
+    return load_job(job_path(request.job), request.sets, os.environ).exchange.type == "ps"
 
 
 def _taken(path: Path) -> bool:

@@ -6,7 +6,8 @@ exchange says how bytes get about; what they mean is decided here, the same for 
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,21 @@ class Exchange(ABC):
 
         The tree is finished here where ``squares`` was not asked for.
         """
+
+    @property
+    def suspects(self) -> range:
+        """The shards that this worker looks through for the one whose gradient is not finite."""
+        return range(*self.membership.mine)
+
+    def admit(self, identity: Mapping[str, str]) -> None:  # noqa: B027 - nothing to do is right for most
+        """What workers that join later have to agree with; nobody does where this is not overridden."""
+
+    def judging(self, weights: Array, part: str, state: State) -> None:  # noqa: B027 - as above
+        """What the next ``gather`` is about: these weights, on a part of the data."""
+
+    def others(self) -> list[dict[str, Any]]:
+        """The figures of those who computed for this worker elsewhere."""
+        return []
 
     def swap(self, state: State, partials: Partials, report: Report) -> tuple[State, Verdict]:
         """The next state and the verdict on the step.

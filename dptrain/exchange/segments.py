@@ -163,7 +163,7 @@ class Segments(Exchange):
                 values[root] = np.zeros(hi - lo, dtype)
                 self._receives.append(Message(carrier, values[root], i + 1))
         _, plan = merged(values, self._goal)
-        pairs, total = _in_place(values, plan, self._goal)
+        pairs, total = in_place(values, plan, self._goal)
         for machine, group in enumerate(self._machines.groups):
             if rank not in group:
                 self._hand_out.append(Message(self._machines.carrier(machine, rank), total, SUM))
@@ -173,7 +173,7 @@ class Segments(Exchange):
         """What this worker does for a segment that is finished on another machine."""
         roots, plan = self._merged[self._machines.number(self.membership.rank)]
         values = {node: vector[lo:hi] for node, vector in self._vectors.items()}
-        pairs, _ = _in_place(values, plan, None)
+        pairs, _ = in_place(values, plan, None)
         sends = [Message(owner, values[root], i + 1) for i, root in enumerate(roots)]
         # What was sent has left its place before a sum comes, and nobody else touches this range of the outbox.
         total = self.outbox[0, lo:hi]
@@ -227,7 +227,7 @@ class Segments(Exchange):
         self.phases.begin(Phase.EXCHANGE)
 
 
-def _in_place(values: dict[Node, Array], plan: Sequence[Add], goal: Node | None) -> tuple[list[Pair], Array]:
+def in_place(values: dict[Node, Array], plan: Sequence[Add], goal: Node | None) -> tuple[list[Pair], Array]:
     """The plan's additions, each over its left operand, which nobody needs again; ``values`` gets the new nodes.
 
     The second value is that of the goal, if there is one.

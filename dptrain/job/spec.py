@@ -356,15 +356,19 @@ class Exchange(Spec):
     worker's gradient is computed by another too. 0 means never.
 
     ``auto`` is ``solo`` for one worker and ``node`` for several. ``node``: the workers of a machine share memory, and
-    messages go between machines only. ``segments``: messages everywhere.
+    messages go between machines only. ``segments``: messages everywhere. ``ps``: a parameter server over gRPC, without
+    MPI. There a worker that gives no sign of life for ``lease_seconds`` loses its shards to others, and the
+    ``backup_workers`` slowest shards of a step are computed twice.
     """
 
-    type: Literal["auto", "solo", "node", "segments", "allreduce"] = "auto"
+    type: Literal["auto", "solo", "node", "segments", "allreduce", "ps"] = "auto"
     coordinators: Natural = 0
     deadline: Positive = 600.0
     hang_seconds: NonNegative = 5.0
     compare_steps: Natural = 500
     recheck_steps: Natural = 0
+    lease_seconds: Positive = 10.0
+    backup_workers: Natural = 0
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

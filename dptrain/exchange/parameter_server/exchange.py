@@ -1,0 +1,385 @@
+"""The chief server's way from partials to the next state: the partials are those of workers elsewhere.
+
+To the loop it is the exchange of a single worker that owns no shards. ``swap`` leases the step's shards out to
+whoever takes part, gives those of who is gone to others, and goes on as solo does as soon as all are in.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dptrain.errors import DeadlineError, PoisonError
+from dptrain.exchange.communicator import Alone
+from dptrain.exchange.parameter_server import leases
+from dptrain.exchange.parameter_server.hub import Hub, Member
+from dptrain.exchange.parameter_server.intake import Box, Intake
+from dptrain.exchange.parameter_server.leases import Grant, Range
+from dptrain.exchange.parameter_server.outlet import Outlet
+from dptrain.exchange.protocol import Exchange
+from dptrain.exchange.segments import in_place
+from dptrain.exchange.verdict import Ballot, Report, Verdict
+from dptrain.layout import Array
+from dptrain.membership import Membership
+from dptrain.nn.accumulate import Partials
+from dptrain.phases import Phase
+from dptrain.state import Pair, Segment, State, Store, Update
+from dptrain.tree import Node, merged, subtrees
+from dptrain.v1 import parameter_server_pb2 as pb
+
+_TALLIES = 3
+
+_LOOK = 0.5
+"""Seconds between looks at the clock while nothing comes."""
+
+_PREPARED = 32
+"""Sums over different leases that are kept prepared."""
+
+
+class Chief(Alone):
+    """The communicator of a chief server: it is alone among its like, and its workers are the hub's."""
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__()
+        self.hub = hub
+
+
+class ParameterServer(Exchange):
+    """``lease_seconds`` without a sign of life end a lease; ``backup_workers`` shards of a step are computed twice.
+
+    ``membership`` is a coordinating one: this process has no shards of its own.
+    """
+
+    name = "ps"
+
+    def __init__(
+        self,
+        communicator: Chief,
+        membership: Membership,
+        update: Update,
+        dtype: npt.DTypeLike,
+        *,
+        lease_seconds: float,
+        deadline: float,
+        backup_workers: int = 0,
+    ) -> None:
+        super().__init__(communicator, membership, update)
+        self.hub = communicator.hub
+        self.lease_seconds, self.deadline, self.backup_workers = lease_seconds, deadline, backup_workers
+        size = update.layout.size
+        self.outbox = np.zeros((1, size), dtype)
+        self.store = Store(update.layout, len(update.optimizer.slots), dtype)
+        self.intake = Intake(0, 0, size, dtype)
+        self.doubts: list[str] = []
+        """Answers of two workers to the same question that were not the same."""
+        self._goal = Node(0, membership.shards)
+        self._prepared: dict[tuple[tuple[int, int, int], ...], tuple[Segment, bool]] = {}
+        self._published: tuple[int, int] | None = None
+        self._question: tuple[Array | None, str] = (None, "")
+        self._suspects: dict[int, list[int]] = {}
+        self._suspected_at = -1
+        self._segment: Segment | None = None
+
+    @property
+    def ballot(self) -> Ballot:
+        """That of one worker which had all shards."""
+        if self._ballot is None:
+            alone = Membership(0, 1, self.membership.shards)
+            self._ballot = Ballot(alone, self.squares_of_workers(), self.update.clip_norm)
+        return self._ballot
+
+    def admit(self, identity: Mapping[str, str]) -> None:
+        """See Exchange."""
+        number = int(identity["job"].removeprefix("sha256:")[:16], 16)
+        self.outlet = Outlet(number, 0, 0, self.update.layout.size)
+        self.hub.admit(identity, self.intake, self.outlet, number)
+
+    @property
+    def suspects(self) -> range:
+        """All: the chief has the data, and looks itself."""
+        return range(self.membership.shards)
+
+    def squares_of_workers(self) -> Sequence[int]:
+        """All blocks."""
+        return [self.update.blocks]
+
+    def collect(self, partials: Partials) -> None:
+        """All partials are here."""
+
+    def squares(self) -> npt.NDArray[np.float64]:
+        """Finish the tree."""
+        assert self._segment is not None
+        self._segment.add()
+        return self._segment.squares()
+
+    def advance(self, state: State, verdict: Verdict) -> bool:
+        """Update everything."""
+        assert self._segment is not None
+        add = not self.update.clip_norm
+        return self._segment.advance(state, scale=verdict.scale, rows=verdict.rows, add=add)
+
+    def swap(self, state: State, partials: Partials, report: Report) -> tuple[State, Verdict]:
+        """See Exchange; ``partials`` are none."""
+        self._publish(state)
+        if report.failure:
+            # What the chief's own books say is told as a failed step.
+            return super().swap(state, self._nothing(), report)
+        tallies = self._computed(state)
+        finished = Partials([self._goal], self.outbox, tallies)
+        after, verdict = super().swap(state, finished, report)
+        self._publish(after)
+        return after, verdict
+
+    def judging(self, weights: Array, part: str, state: State) -> None:
+        """See Exchange."""
+        best = weights is not state.weights
+        if best:
+            self.outlet.publish(weights, state.step, best=True)
+            self._published = None
+        else:
+            self._publish(state)
+        self._question = (weights if best else None), part
+
+    def gather(
+        self, rows: npt.NDArray[np.float64], total: int, report: Report, step: int, phase: str
+    ) -> npt.NDArray[np.float64]:
+        """All rows, from the workers; ``rows`` are none."""
+        best, part = self._question
+        width = rows.shape[1]
+        hub = self.hub
+
+        def ask(grant: Grant) -> None:
+            some, member = grant
+            lease = hub.lease(member, some.lo, some.hi, vectors=False)
+            some.leases.append(lease)
+            question = pb.Evaluate(
+                lease=lease.number, step=step, part=part, lo=some.lo, hi=some.hi, best=best is not None
+            )
+            hub.send(member, evaluate=question)
+
+        def fits(some: Range, found: npt.NDArray[np.float64]) -> bool:
+            return bool(found.size == (some.hi - some.lo) * width)
+
+        self.phases.begin(Phase.WAITING, phase)
+        done = self._answered(step, total, ask, fits, 0)
+        self.phases.begin(Phase.EVALUATION)
+        parts = []
+        for some in done:
+            assert some.answer is not None
+            parts.append(self._rows[some.answer.number].reshape(-1, width))
+        return np.concatenate(parts) if parts else rows
+
+    def others(self) -> list[dict[str, Any]]:
+        """See Exchange."""
+        with self.hub.changed:
+            return [
+                {
+                    "rank": member.number,
+                    "host": member.host,
+                    "joined_at": member.joined,
+                    "shards_computed": member.shards_computed,
+                    "compute_seconds": round(member.compute_seconds, 4),
+                    "wait_seconds": round(member.wait_seconds, 4),
+                    "peak_memory_bytes": member.peak_memory_bytes,
+                }
+                for member in self.hub.all
+            ]
+
+    def _nothing(self) -> Partials:
+        return Partials([self._goal], self.outbox, np.zeros((1, _TALLIES)))
+
+    def _publish(self, state: State) -> None:
+        """Hand out a state's weights, once."""
+        if self._published != (state.step, state.updates):
+            self._published = state.step, state.updates
+            self.outlet.publish(state.weights, state.step)
+
+    def _computed(self, state: State) -> npt.NDArray[np.float64]:
+        """The tallies of the whole step; all partials are here, and their sum is prepared."""
+        hub, shards = self.hub, self.membership.shards
+        boxes: dict[int, tuple[tuple[int, int], Box]] = {}
+        counts: dict[int, int] = {}
+
+        def ask(grant: Grant) -> None:
+            some, member = grant
+            lease = hub.lease(member, some.lo, some.hi, vectors=True)
+            some.leases.append(lease)
+            count = counts[member] = counts.get(member, 0) + 1
+            nodes = subtrees(some.lo, some.hi, shards)
+            boxes[lease.number] = (member, count), self.intake.expect(lease.number, member, count, nodes)
+            hub.send(member, compute=pb.Compute(lease=lease.number, step=state.step, lo=some.lo, hi=some.hi))
+
+        def fits(some: Range, found: npt.NDArray[np.float64]) -> bool:
+            return len(found) == len(subtrees(some.lo, some.hi, shards))
+
+        self.phases.begin(Phase.WAITING, "partials")
+        started = time.perf_counter()
+        done = self._answered(state.step, shards, ask, fits, self.backup_workers)
+        self.waited += time.perf_counter() - started
+        self.phases.begin(Phase.EXCHANGE)
+        tallies: dict[Node, list[float]] = {}
+        key: list[tuple[int, int, int]] = []
+        vectors: dict[Node, Array] = {}
+        for some in done:
+            assert some.answer is not None
+            (member, count), box = boxes[some.answer.number]
+            key += [(member, count, some.lo), (member, count, some.hi)]
+            for i, node in enumerate(box.nodes):
+                tallies[node] = self._rows[some.answer.number][i].tolist()
+                vectors[node] = box.vectors[i]
+        self._prepare(tuple(key), vectors)
+        _, plan = merged(list(tallies), self._goal)
+        for parent, left, right in plan:
+            a, b = tallies[left], tallies[right]
+            tallies[parent] = [a[0] + b[0], a[1] + b[1], a[2] + b[2]]
+        return np.array([tallies[self._goal]])
+
+    def _prepare(self, key: tuple[tuple[int, int, int], ...], vectors: dict[Node, Array]) -> None:
+        """The sum over these leases, made once for as long as the same members have the same shards."""
+        found = self._prepared.get(key)
+        if found is None:
+            if len(self._prepared) >= _PREPARED:
+                self._prepared.clear()
+            pairs: list[Pair] = []
+            _, plan = merged(list(vectors), self._goal)
+            pairs, total = in_place(vectors, plan, self._goal)
+            segment = self.update.segment(self.store, 0, self.update.layout.size, total, pairs)
+            found = self._prepared[key] = segment, bool(pairs)
+        self._segment = found[0]
+
+    def _answered(
+        self,
+        step: int,
+        total: int,
+        ask: Callable[[Grant], None],
+        fits: Callable[[Range, npt.NDArray[np.float64]], bool],
+        backup: int,
+    ) -> list[Range]:
+        """Have ``total`` pieces of work done by whoever is there; the ranges, in order, each with its answer."""
+        hub = self.hub
+        if not total:
+            return []
+        self._rows: dict[int, npt.NDArray[np.float64]] = {}
+        with hub.changed:
+            hub.step = step
+            members = self._members()
+            grants = leases.shared(0, total, members)
+            if backup:
+                seconds = {m.number: m.seconds_a_shard for m in hub.members.values()}
+                grants = leases.singled(grants, seconds, backup)
+            ranges = [grant.range for grant in grants]
+            for grant in grants:
+                ask(grant)
+            alone_since = time.monotonic()
+            while True:
+                if hub.failure is not None:
+                    raise hub.failure
+                self._read(ranges, fits)
+                if all(some.answer is not None for some in ranges):
+                    break
+                now = time.monotonic()
+                open_ = [lease for some in ranges if some.answer is None for lease in some.leases]
+                living = [lease for lease in open_ if lease.member in hub.members]
+                heard = {member.number: member.heard for member in hub.members.values()}
+                for number in leases.overdue(living, heard, now, self.lease_seconds):
+                    hub.lose(number, f"said nothing for {self.lease_seconds:g} s")
+                if hub.losses:
+                    self._mourn(step, open_)
+                    self._give_anew(ranges, ask)
+                elif not hub.members:
+                    if now - alone_since > self.deadline:
+                        raise self._deserted(step)
+                else:
+                    alone_since = now
+                    if leases.orphaned(ranges, hub.members):
+                        self._give_anew(ranges, ask)
+                    elif backup:
+                        for grant in leases.doubled(ranges, sorted(hub.members), backup):
+                            ask(grant)
+                wait = leases.until_overdue(living, heard, now, self.lease_seconds)
+                hub.changed.wait(min(_LOOK, max(0.0, wait)))
+            numbers = [lease.number for some in ranges for lease in some.leases]
+            self.intake.shut(numbers)
+            for number in numbers:
+                hub.open.pop(number, None)
+        return sorted(ranges, key=lambda some: some.lo)
+
+    def _read(self, ranges: Sequence[Range], fits: Callable[[Range, npt.NDArray[np.float64]], bool]) -> None:
+        """Take the first good answer of each range."""
+        for some in ranges:
+            if some.answer is not None:
+                continue
+            for lease in some.leases:
+                open_ = self.hub.open.get(lease.number)
+                if open_ is None or not open_.whole or open_.rows is None:
+                    continue
+                if not fits(some, open_.rows):
+                    self.hub.lose(lease.member, "answered something else")
+                    continue
+                some.answer = lease
+                self._rows[lease.number] = open_.rows
+                break
+
+    def _members(self) -> list[int]:
+        """Who takes part, as soon as there is somebody; called with the lock held."""
+        hub = self.hub
+        until = time.monotonic() + self.deadline
+        while not any(member.working for member in hub.members.values()):
+            if hub.failure is not None:
+                raise hub.failure
+            if time.monotonic() > until:
+                raise self._deserted(hub.step)
+            hub.changed.wait(_LOOK)
+        return sorted(number for number, member in hub.members.items() if member.working)
+
+    def _give_anew(self, ranges: list[Range], ask: Callable[[Grant], None]) -> None:
+        """Give what the gone had to do to those that are there, if there are any."""
+        hub = self.hub
+        working = sorted(number for number, member in hub.members.items() if member.working)
+        if not working:
+            return
+        for some in leases.orphaned(ranges, hub.members):
+            ranges.remove(some)
+            free = leases.idle(ranges, working)
+            order = free + [member for member in working if member not in free]
+            for grant in leases.shared(some.lo, some.hi, order):
+                ranges.append(grant.range)
+                ask(grant)
+
+    def _mourn(self, step: int, open_: Sequence[leases.Lease]) -> None:
+        """Remember who is gone with which shards. Raises PoisonError where a shard's owner is the second to vanish."""
+        if self._suspected_at != step:
+            self._suspects, self._suspected_at = {}, step
+        gone, self.hub.losses = self.hub.losses, []
+        for member, why in gone:
+            self._told(member, why, step)
+            if why == "left":
+                continue
+            for lease in open_:
+                if lease.member != member.number:
+                    continue
+                for shard in range(lease.lo, lease.hi):
+                    before = self._suspects.setdefault(shard, [])
+                    before.append(member.number)
+                    if len(before) > 1:
+                        raise PoisonError(
+                            f"shard {shard} at step {step}",
+                            expected="its owner to live",
+                            found=f"that workers {before[0]} and {before[1]}, who had it one after the other, were "
+                            "lost there",
+                            cure="look at that shard's rows and at the model: whatever is in them ends every worker",
+                        )
+
+    def _told(self, member: Member, why: str, step: int) -> None:
+        self.intake.forget(member.number)
+        self._prepared.clear()
+
+    def _deserted(self, step: int) -> DeadlineError:
+        return DeadlineError(
+            f"the parameter server at step {step}",
+            expected=f"a worker within {self.deadline:g} s",
+            found="none",
+            cure="start some with `dptrain worker --server ADDRESS`, and go on with --resume",
+        )

@@ -1,0 +1,107 @@
+"""Where the chunks of partials arrive: each into its place in its lease's box, once."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from dptrain.exchange.parameter_server.codec import Piece, checksum, cuts, elements
+from dptrain.layout import Array
+from dptrain.tree import Node
+from dptrain.v1 import parameter_server_pb2 as pb
+
+Spot = tuple[int, int]
+"""A row of a box, and the first element of a chunk in it."""
+
+
+@dataclass
+class Box:
+    """What came of a lease: rows of ``vectors`` are those of ``nodes``, as far as ``sums`` has their checksums."""
+
+    nodes: Sequence[Node]
+    vectors: Array
+    missing: int
+    sums: dict[Spot, int] = field(default_factory=dict)
+    shut: bool = False
+    writing: int = 0
+
+
+class Intake:
+    """Takes chunks of one segment, elements lo to hi of the vector, from many threads.
+
+    The memory of a member's first, second ... lease of a step is the same at every step, so that a sum over it can be
+    prepared once. It is nobody else's: what a member that is taken for dead still sends meets nothing of the others'.
+    """
+
+    def __init__(self, segment: int, lo: int, hi: int, dtype: npt.DTypeLike) -> None:
+        self.segment, self.lo, self.hi = segment, lo, hi
+        self.dtype = np.dtype(dtype)
+        self._cuts = dict(cuts(hi - lo, self.dtype.itemsize))
+        self._lock = threading.Lock()
+        self._open: dict[int, Box] = {}
+        self._memory: dict[tuple[int, int], Array] = {}
+
+    def expect(self, lease: int, member: int, number: int, nodes: Sequence[Node]) -> Box:
+        """Take chunks of a lease from now on, the member's ``number``-th of the step."""
+        memory = self._memory.get((member, number))
+        if memory is None or len(memory) < len(nodes):
+            memory = self._memory[member, number] = np.zeros((len(nodes), self.hi - self.lo), self.dtype)
+        box = Box(nodes, memory[: len(nodes)], len(nodes) * len(self._cuts))
+        with self._lock:
+            self._open[lease] = box
+        return box
+
+    def shut(self, leases: Sequence[int]) -> None:
+        """Take no more chunks of these; those that are being written are of no interest any more."""
+        with self._lock:
+            for lease in leases:
+                box = self._open.pop(lease, None)
+                if box is not None:
+                    box.shut = True
+
+    def forget(self, member: int) -> None:
+        """A member is gone, and so is its memory, once nobody adds up what came of it."""
+        for key in [key for key in self._memory if key[0] == member]:
+            del self._memory[key]
+
+    def take(self, piece: Piece) -> tuple[pb.Outcome.ValueType, str]:
+        """What became of a chunk, whose membership was looked at before, and why; OUTCOME_UNSPECIFIED: taken."""
+        place = piece.place
+        with self._lock:
+            box = self._open.get(place.lease)
+        if box is None:
+            return pb.OUTCOME_STALE, f"lease {place.lease} does not count any more"
+        wrong = self._wrong(piece, box)
+        if wrong:
+            return pb.OUTCOME_REFUSED, wrong
+        spot = (box.nodes.index(Node(place.lo, place.hi)), place.offset)
+        with self._lock:
+            if box.shut:
+                return pb.OUTCOME_STALE, f"lease {place.lease} does not count any more"
+            if spot in box.sums:
+                same = box.sums[spot] == place.checksum
+                return pb.OUTCOME_DUPLICATE, "" if same else "it holds other bytes than the first"
+            box.sums[spot] = place.checksum
+        row, offset = spot
+        stop = self._cuts[offset]
+        np.copyto(box.vectors[row, offset:stop], elements(piece, self.dtype))
+        with self._lock:
+            box.missing -= 1
+            return (pb.OUTCOME_UNSPECIFIED if box.missing else pb.OUTCOME_COMPLETE), ""
+
+    def _wrong(self, piece: Piece, box: Box) -> str:
+        place = piece.place
+        if place.segment != self.segment or place.total != self.hi - self.lo:
+            return f"segment {self.segment} has {self.hi - self.lo} elements, not {place.total} of {place.segment}"
+        if Node(place.lo, place.hi) not in box.nodes:
+            return f"shards {place.lo} to {place.hi} are no node of lease {place.lease}"
+        if place.encoding != pb.ENCODING_RAW:
+            return f"encoding {place.encoding} is not the job's"
+        stop = self._cuts.get(place.offset)
+        if stop is None or len(piece.data) != (stop - place.offset) * self.dtype.itemsize:
+            return f"{len(piece.data)} bytes at element {place.offset} are no chunk"
+        if checksum(piece.data) != place.checksum:
+            return "the checksum is not that of the bytes"
+        return ""

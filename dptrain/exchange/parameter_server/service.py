@@ -1,0 +1,5 @@
+"""What the service is called, for both sides."""
+
+SERVICE = "dptrain.v1.ParameterServerService"
+
+METHODS = ("GetJob", "Join", "Leave", "Work", "Push", "Pull")

@@ -1,0 +1,97 @@
+"""The methods of a parameter server: from gRPC to its hub, and nothing else. One thread for each stream."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from dptrain.errors import DptrainError, RefusedError
+from dptrain.exchange.parameter_server.codec import Piece, decode_push
+from dptrain.exchange.parameter_server.hub import Hub
+from dptrain.exchange.parameter_server.service import METHODS, SERVICE
+from dptrain.v1 import parameter_server_pb2 as pb
+from dptrain.wire.server import Service
+from dptrain.wire.tokens import Role
+
+
+class Servicer:
+    """The methods. ``join_seconds``: how long a worker that joins waits for a server that is not ready."""
+
+    def __init__(self, hub: Hub, join_seconds: float) -> None:
+        self._hub, self._join_seconds = hub, join_seconds
+
+    def service(self) -> Service:
+        """What a server serves: all of it is for workers."""
+        return Service(SERVICE, self._add, dict.fromkeys(METHODS, Role.worker))
+
+    def _add(self, server: grpc.Server) -> None:
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "GetJob": unary(self.get_job, pb.GetJobRequest.FromString, pb.GetJobResponse.SerializeToString),
+            "Join": unary(self.join, pb.JoinRequest.FromString, pb.JoinResponse.SerializeToString),
+            "Leave": unary(self.leave, pb.LeaveRequest.FromString, pb.LeaveResponse.SerializeToString),
+            "Work": stream(self.work, pb.WorkRequest.FromString, pb.WorkResponse.SerializeToString),
+            # Chunks are bytes already when they get here.
+            "Push": stream(self.push, decode_push, pb.PushResponse.SerializeToString),
+            "Pull": stream(self.pull, pb.PullRequest.FromString, None),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    def get_job(self, request: pb.GetJobRequest, context: grpc.ServicerContext) -> pb.GetJobResponse:
+        """See the proto."""
+        return pb.GetJobResponse(job=self._hub.job, job_number=self._hub.number, servers=self._hub.servers)
+
+    def join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
+        """See the proto."""
+        return self._hub.join(request, self._join_seconds)
+
+    def leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
+        """See the proto."""
+        self._hub.leave(request.membership)
+        return pb.LeaveResponse()
+
+    def work(self, requests: Iterator[pb.WorkRequest], context: grpc.ServicerContext) -> Iterator[pb.WorkResponse]:
+        """See the proto."""
+        hub = self._hub
+        member = hub.member(next(requests).membership)
+        if member is None or member.working:
+            raise _stranger()
+        if not context.add_callback(lambda: hub.vanish(member)):
+            hub.vanish(member)
+
+        def hear() -> None:
+            # The stream's end, however it comes about, is told to the callback.
+            with contextlib.suppress(grpc.RpcError, StopIteration, ValueError):
+                for request in requests:
+                    if not hub.hear(request):
+                        break
+
+        listener = threading.Thread(target=hear, name=f"dptrain-hear-{member.number}", daemon=True)
+        listener.start()
+        yield from hub.tasks(member)
+
+    def push(self, requests: Iterator[Piece], context: grpc.ServicerContext) -> Iterator[pb.PushResponse]:
+        """See the proto."""
+        for piece in requests:
+            outcome, reason = self._hub.push(piece)
+            if outcome != pb.OUTCOME_UNSPECIFIED:
+                yield pb.PushResponse(lease=piece.place.lease, outcome=outcome, reason=reason)
+
+    def pull(self, requests: Iterator[pb.PullRequest], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """See the proto."""
+        if self._hub.member(next(requests).membership) is None:
+            raise _stranger()
+        listening = self._hub.listen()
+        if context.add_callback(listening.stop):
+            yield from listening
+
+
+def _stranger() -> DptrainError:
+    return RefusedError(
+        "a worker",
+        expected="one that has joined and takes part",
+        found="one that doesn't, or doesn't any more",
+        cure="join again",
+    )
