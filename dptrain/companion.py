@@ -73,7 +73,7 @@ class Companion:
             self._line.send([READY, fingerprint])
             lines = Lines([self._line])
             while True:
-                lines.wait(None)
+                lines.wait(None, self._wanted["sleepless"])
                 what, number, step, *arguments = self._line.receive()
                 phase = "evaluation" if what == EVALUATE else "forward and backward"
                 shards, rows = means.accumulator.shards_computed, means.reader.rows_read

@@ -16,7 +16,7 @@ from typing import Any
 from dptrain.board import Cell
 
 SLEEPLESS = 0.005
-"""Seconds of a wait before it sleeps: waking a core that idles takes longer than all else here."""
+"""Seconds of a wait before it sleeps, where all have a core: waking one that idles takes longer than all else here."""
 
 _LONGEST = 1 << 17
 """Bytes of a message; a socket's own limit lies above."""
@@ -77,7 +77,7 @@ class Lines:
         for handle in self._lines:
             self._asked.register(handle, select.POLLIN)
 
-    def wait(self, seconds: float | None, sleepless: float = SLEEPLESS) -> list[Line]:
+    def wait(self, seconds: float | None, sleepless: float) -> list[Line]:
         """Those with a message or an end, as soon as there is one; none after ``seconds``, None for ever."""
         lines = list(self._lines.values())
         until = time.monotonic() + (sleepless if seconds is None else min(sleepless, seconds))

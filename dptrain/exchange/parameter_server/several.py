@@ -26,7 +26,7 @@ from dptrain.board import BEAT
 from dptrain.errors import ArithmeticMismatch, DeadlineError, DptrainError, OutOfMemory, PoisonError, WorkerCrashed
 from dptrain.exchange import shared_memory
 from dptrain.exchange.parameter_server.host_memory import HostMemory, most_slots
-from dptrain.exchange.parameter_server.line import Gone, Lines
+from dptrain.exchange.parameter_server.line import SLEEPLESS, Gone, Lines
 from dptrain.exchange.parameter_server.means import Means
 from dptrain.exchange.parameter_server.place import Place, Task, command
 from dptrain.fingerprint import NOT_REPEATABLE
@@ -86,6 +86,7 @@ class Several:
         self._hang_seconds, self._deadline = hang_seconds, deadline
         self._interval = min(0.25, hang_seconds / 20) if hang_seconds else 0.25
         self.shards = own.accumulator.shards
+        self._sleepless = SLEEPLESS if processes <= len(os.sched_getaffinity(0)) else 0.0
         model = own.accumulator.model
         self._size = model.layout.size
         shape: dict[str, Any] = {
@@ -108,7 +109,7 @@ class Several:
         self._setup = os.memfd_create("dptrain-setup", os.MFD_CLOEXEC)
         at_once = {"at_once": own.accumulator.at_once, "blocks_at_once": own.evaluator.at_once}
         with open(self._setup, "w", closefd=False) as file:
-            json.dump({"job": job, "plan": plan, "memory": shape, **at_once}, file)
+            json.dump({"job": job, "plan": plan, "memory": shape, "sleepless": self._sleepless, **at_once}, file)
         start = command(self._reserved.handle, self._setup, os.getpid())
         handles = [self._reserved.handle, self._setup]
         self._places = [
@@ -171,6 +172,10 @@ class Several:
         self._share(self._cut(EVALUATE, step, lo, hi, part))
         self._seconds += time.perf_counter() - started
         return self._placed.rows[lo:hi].copy()
+
+    def beat(self) -> int:
+        """See Compute."""
+        return int(self._phases.cell[BEAT])
 
     def report(self) -> list[dict[str, Any]]:
         """Of each process: what it computed, and how long it waited for others within the calls."""
@@ -297,7 +302,7 @@ class Several:
         if self._lines is None:
             self._lines = Lines([place.line for place in self._places if place.line is not None])
         started = time.monotonic()
-        found = self._lines.wait(seconds)
+        found = self._lines.wait(seconds, self._sleepless)
         self._phases.cell[BEAT] += 1
         undone = []
         for place in self._places:
