@@ -101,7 +101,8 @@ def _options(patience: Patience, message_bytes: int, twice: Sequence[str]) -> li
         ("grpc.keepalive_time_ms", int(1000 * patience.keepalive_seconds)),
         ("grpc.keepalive_timeout_ms", int(1000 * patience.ping_seconds)),
         ("grpc.initial_reconnect_backoff_ms", int(1000 * FIRST_SECONDS)),
-        ("grpc.min_reconnect_backoff_ms", int(1000 * FIRST_SECONDS)),
+        # In spite of its name: how long one attempt to connect may take.
+        ("grpc.min_reconnect_backoff_ms", int(1000 * patience.connect_seconds)),
         ("grpc.max_reconnect_backoff_ms", int(1000 * MOST_SECONDS)),
         ("grpc.service_config", _service_config(twice)),
     ]

@@ -70,7 +70,7 @@ class Guard(grpc.ServerInterceptor):
             return _ending(_unknown(method), grpc.StatusCode.UNIMPLEMENTED)
         if not identity.role.grants(asked):
             return _ending(_too_little(identity, method, asked), grpc.StatusCode.PERMISSION_DENIED)
-        return self._guarded(handler, identity)
+        return self._guarded(handler, method, identity)
 
     def _identify(self, details: grpc.HandlerCallDetails) -> Identity | None:
         if self._keys is None:
@@ -80,24 +80,37 @@ class Guard(grpc.ServerInterceptor):
             return None
         return self._keys.identify(given[0].removeprefix(SCHEME))
 
-    def _guarded(self, handler: Any, identity: Identity) -> "Handler":
-        """The handler as it was, with the caller known to it, calls counted, and errors told as they should be."""
+    def _guarded(self, handler: Any, method: str, identity: Identity) -> "Handler":
+        """The handler as it was, with the caller known to it, calls counted, and errors told as they should be.
+
+        Messages are parsed here: gRPC would end the call at one that doesn't parse, then let the method go on as if the
+        caller had said all, and end it once more, which leaves a call behind that no server can stop with.
+        """
+
+        def parsed(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except Exception as error:
+                raise _malformed(method) from error
+
+        def requests(given: Any) -> Any:
+            return map(parsed, given) if handler.request_streaming else parsed(given)
 
         def once(behaviour: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
-            def answer(request: Any, context: grpc.ServicerContext) -> Any:
+            def answer(given: Any, context: grpc.ServicerContext) -> Any:
                 with self._call(context, identity):
-                    return behaviour(request, context)
+                    return behaviour(requests(given), context)
 
             return answer
 
         def many(behaviour: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
-            def answer(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            def answer(given: Any, context: grpc.ServicerContext) -> Iterator[Any]:
                 with self._call(context, identity):
-                    yield from behaviour(request, context)
+                    yield from behaviour(requests(given), context)
 
             return answer
 
-        coding = (handler.request_deserializer, handler.response_serializer)
+        coding = (None, handler.response_serializer)
         if handler.request_streaming and handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(many(handler.stream_stream), *coding)
         if handler.request_streaming:
@@ -167,6 +180,15 @@ def _unknown(method: str) -> UsageError:
         "server",
         expected="a method that it has",
         found=repr(method),
+        cure="use the same version of dptrain on both sides",
+    )
+
+
+def _malformed(method: str) -> UsageError:
+    return UsageError(
+        method,
+        expected="a message of its kind",
+        found="bytes that are none",
         cure="use the same version of dptrain on both sides",
     )
 

@@ -10,13 +10,14 @@ from typing import Self
 
 import grpc
 from google.protobuf import descriptor_pool
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from dptrain.errors import LaunchError
 from dptrain.v1 import version_pb2_grpc
 from dptrain.wire.address import Address
 from dptrain.wire.guard import Guard
+from dptrain.wire.health import Health
 from dptrain.wire.limits import METADATA_BYTES, Limits, Patience
 from dptrain.wire.security import Serving
 from dptrain.wire.tokens import Role
@@ -50,7 +51,7 @@ class Server:
     ) -> None:
         serving, limits, patience = serving or Serving(), limits or Limits(), patience or Patience()
         serving.allow(address)
-        self._health = health.HealthServicer(experimental_non_blocking=False)
+        self._health = Health()
         everything = [*services, *self._of_every_server(services)]
         roles = {path: role for service in everything for path, role in _paths(service)}
         self._pool = ThreadPoolExecutor(limits.calls, thread_name_prefix="dptrain-call")
@@ -82,12 +83,11 @@ class Server:
 
     def serves(self, healthy: bool) -> None:
         """What health checks are told of the whole server."""
-        statuses = health_pb2.HealthCheckResponse
-        self._health.set("", statuses.SERVING if healthy else statuses.NOT_SERVING)
+        self._health.set(healthy)
 
     def stop(self, grace_seconds: float = 0.0) -> None:
         """Take no more calls, give those under way ``grace_seconds``, then end them. Returns when all is over."""
-        self._health.enter_graceful_shutdown()
+        self._health.end()
         self._server.stop(grace_seconds).wait()
         self._close()
 

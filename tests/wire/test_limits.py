@@ -81,11 +81,20 @@ def serving() -> Iterator[tuple[Address, psutil.Process]]:
         assert process.wait(60) == 0
 
 
-def test_a_message_that_lies_about_its_length_is_refused(server: Server, echo: Echo) -> None:
-    with connect(server.address) as channel, pytest.raises(grpc.RpcError):
-        channel.unary_unary(f"/{NAME}/Once")(b"\x0a\xff\xff\xff\xff\x0f" + b"x", timeout=20)
-    assert echo.heard == []
-    goes_on(server)
+@pytest.mark.parametrize("method", KINDS)
+def test_a_message_that_lies_about_its_length_is_refused(method: str, echo: Echo) -> None:
+    """And is no end of a stream as if all had been said, nor a call that the server can't stop with."""
+    asks, answers = KINDS[method]
+    lie = b"\x0a\xff\xff\xff\xff\x0f" + b"x"
+    with Server(HERE, [echo.service()]) as server, connect(server.address) as channel:
+        made = getattr(channel, f"{'stream' if asks else 'unary'}_{'stream' if answers else 'unary'}")(
+            f"/{NAME}/{method}"
+        )
+        with pytest.raises(grpc.RpcError) as refused:
+            list(made(iter([lie, lie]) if asks else lie, timeout=20))
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        goes_on(server)
+    assert set(echo.heard) == {1}
 
 
 @pytest.mark.parametrize(
