@@ -13,6 +13,7 @@ from dptrain.data.dataset import Dataset, open_dataset
 from dptrain.data.encoding import Encoding
 from dptrain.errors import JobError, ModelError
 from dptrain.fingerprint import Sample
+from dptrain.gradients import Gradients, declared
 from dptrain.job.spec import Job
 from dptrain.nn.accumulate import Accumulator, Loss
 from dptrain.nn.chain import build_chain
@@ -56,7 +57,18 @@ class Assembly:
 
     def accumulator(self, at_once: int) -> Accumulator:
         """A worker's forward and backward, ``at_once`` shards at a time."""
-        return Accumulator(self.model, self.loss, seed=self.job.seed, shards=self.shards, at_once=at_once)
+        return Accumulator(
+            self.model,
+            self.loss,
+            seed=self.job.seed,
+            shards=self.shards,
+            at_once=at_once,
+            gradients=self.gradients(),
+        )
+
+    def gradients(self) -> Gradients:
+        """The declared arithmetic of gradients."""
+        return declared(self.job.arithmetic.gradients, self.job.arithmetic.top_k)
 
     def evaluator(self) -> Evaluator:
         """A worker's evaluation."""
@@ -66,7 +78,7 @@ class Assembly:
         """The optimizer with its schedule over so many steps."""
         optimizer = self.job.optimizer
         schedule = make_schedule(optimizer.schedule, optimizer.lr, total_steps)
-        return Update(self.model.layout, self.optimizer, schedule, optimizer.clip_norm)
+        return Update(self.model.layout, self.optimizer, schedule, optimizer.clip_norm, self.gradients())
 
 
 def assemble(job: Job, plan: dict[str, Any], own_model: Any = None) -> Assembly:

@@ -58,6 +58,7 @@ class Snapshot:
         """
         memory = {} if memory is None else memory
         vectors = {"weights": state.weights, **dict(zip(slot_names, state.slots, strict=True))}
+        vectors |= {residual(shard): vector for shard, vector in enumerate(state.residuals)}
         if best is not None:
             vectors["best"] = best
         for name, vector in vectors.items():
@@ -72,6 +73,11 @@ class Snapshot:
             **facts,
         }
         return cls({name: memory[name] for name in vectors}, manifest)
+
+
+def residual(shard: int) -> str:
+    """The name of the group that holds a shard's residual."""
+    return f"residual-{shard}"
 
 
 def save(folder: Path, snapshot: Snapshot, layout: Layout) -> Path:

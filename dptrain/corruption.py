@@ -22,7 +22,7 @@ from dptrain.errors import CorruptionError, DisagreementError, StorageError, Wor
 from dptrain.job import spec
 from dptrain.layout import Array, digest
 from dptrain.meeting import Meeting, for_all
-from dptrain.nn.accumulate import Loaded, Partials
+from dptrain.nn.accumulate import Loaded, Partials, Residuals
 from dptrain.phases import Phase
 from dptrain.state import State
 from dptrain.tree import Node
@@ -312,7 +312,8 @@ class Auditor:
         def load(lo: int, hi: int) -> Loaded:
             return reader.load(state.step, lo, hi, None)
 
-        return _digest(accumulator.accumulate(state.weights, plan, self._scratch, state.step, load), 0)
+        kept = Residuals(state.residuals, None) if state.residuals else None
+        return _digest(accumulator.accumulate(state.weights, plan, self._scratch, state.step, load, kept), 0)
 
     def _lift(self, kind: str, step: int) -> None:
         if self._doubts.get(kind, step) <= step:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dptrain.gradients import sample as sample_of
 from dptrain.layout import BLOCK, Array
 from dptrain.nn.accumulate import Accumulator
 from dptrain.nn.evaluate import Evaluator
@@ -121,6 +122,8 @@ def probe(
         same = same and _bits_equal(vector[0], vectors[j]) and _bits_equal(tally[0], tallies[j])
         content.update(vector.data)
         content.update(tally.tobytes())
+    if update.gradients.leaves:
+        content.update(sample_of(update.gradients, vectors[:, : update.layout.parameters]))
     del vectors
     content.update(_updated(update, weights, vector[0], 1.0 / rows))
     again, tally_again = gradients(shards - 1, shards)

@@ -67,6 +67,22 @@ class Meeting:
             raise LaunchError(
                 'exchange.type = "solo"', expected="one worker", found=f"{size}", cure='use "auto", or start one worker'
             )
+        gradients = self.update.gradients
+        if self.kind == "allreduce" and gradients.leaves:
+            raise LaunchError(
+                'exchange.type = "allreduce"',
+                expected="gradients that MPI may add in any order",
+                found=f'arithmetic.gradients = "{gradients.name}"',
+                cure='use "node" or "segments", or leave arithmetic.gradients out',
+            )
+        if gradients.feeds_back and len(self._groups().groups) > 1:
+            # With a machine, or a worker that shares no memory, the residuals of its shards would be gone.
+            raise LaunchError(
+                f'arithmetic.gradients = "{gradients.name}"',
+                expected='workers that share the memory of one machine, and exchange.type = "node"',
+                found=f'exchange.type = "{self.kind}" over {len(self._groups().groups)} memories',
+                cure='set arithmetic.gradients = "bfloat16", or start all workers on one machine',
+            )
         if self.wanted.coordinators > size:
             raise LaunchError(
                 "exchange.coordinators",
@@ -100,7 +116,8 @@ class Meeting:
         communicator, machines = self.communicator, self._groups()
         every = communicator.allgather_json(rows, _SETTING_UP)
         outboxes = [every[rank] for rank in machines.here]
-        memory = Memory(self.update.layout, len(self.update.optimizer.slots), dtype, outboxes)
+        kept = self.membership.shards if self.update.gradients.feeds_back else 0
+        memory = Memory(self.update.layout, len(self.update.optimizer.slots), dtype, outboxes, kept)
         shared = _shared(communicator, machines, memory.nbytes)
         self._store, boxes = together(communicator, _SETTING_UP, lambda: memory.place(shared))
         self._outboxes = {communicator.members[rank]: box for rank, box in zip(machines.here, boxes, strict=True)}

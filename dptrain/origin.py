@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dptrain import checkpoint
 from dptrain.corruption import checkpoints_up_to
 from dptrain.errors import CheckpointError
 from dptrain.exchange.communicator import Communicator
@@ -66,8 +67,8 @@ class Origin:
         state = self._hand_out(snapshot)
         if self.manifest is None:
             together(self.communicator, "going back", lambda: self._start_again(state.weights))
-            for slot in state.slots:
-                slot.fill(0)
+            for vector in (*state.slots, *state.residuals):
+                vector.fill(0)
             self.communicator.broadcast(state.weights, "going back")
         return state
 
@@ -98,14 +99,16 @@ class Origin:
         self.best = None
         header = snapshot.manifest if snapshot else None
         header = self.manifest = self.communicator.broadcast_json(header, "reading the checkpoint")
-        state = State(0, 0, store.weights(0), store.slots(0), 0)
+        state = State(0, 0, store.weights(0), store.slots(0), 0, residuals=store.residuals(0))
+        kept = [checkpoint.residual(shard) for shard in range(len(state.residuals))]
+        vectors = store.weights(0), *store.slots(0), *state.residuals
         if header is not None:
             if snapshot:
-                for vector, name in zip((store.weights(0), *store.slots(0)), ("weights", *names), strict=True):
+                for vector, name in zip(vectors, ("weights", *names, *kept), strict=True):
                     np.copyto(vector, snapshot.groups[name])
             if "best" in header["groups"]:
                 self.best = snapshot.groups["best"].copy() if snapshot else np.empty_like(state.weights)
-            for vector in (*store.slots(0), store.weights(0), *([self.best] if self.best is not None else [])):
+            for vector in (*vectors, *([self.best] if self.best is not None else [])):
                 self.communicator.broadcast(vector, "handing out the checkpoint")
             from dptrain.checkpoint import judgement_of
 

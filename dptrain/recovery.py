@@ -149,7 +149,13 @@ class Recovery:
         if newest["step"] > state.step:
             store, side = worker.exchange.store, newest["side"]
             ahead = State(
-                newest["step"], newest["updates"], store.weights(side), store.slots(side), side, state.judgement
+                newest["step"],
+                newest["updates"],
+                store.weights(side),
+                store.slots(side),
+                side,
+                state.judgement,
+                store.residuals(side),
             )
             worker.commit(ahead, _verdict(newest["verdict"]))
         elif newest["evaluated"] > state.judgement.evaluated:

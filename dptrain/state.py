@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dptrain.gradients import Gradients
 from dptrain.layout import BLOCK, Array, Layout
 from dptrain.optim import Optimizer, Schedule
 
@@ -35,7 +36,8 @@ class State(NamedTuple):
     """A committed state: after ``step`` steps and ``updates`` updates. Its arrays are never written to again.
 
     ``weights`` is the flat vector with the buffers at its end, ``slots`` the optimizer's vectors over the parameters;
-    ``side`` tells which of the two buffers it lies in.
+    ``side`` tells which of the two buffers it lies in. ``residuals`` are those of the shards, where the declared
+    arithmetic of gradients keeps any.
     """
 
     step: int
@@ -44,25 +46,33 @@ class State(NamedTuple):
     slots: tuple[Array, ...]
     side: int
     judgement: Judgement = Judgement()
+    residuals: tuple[Array, ...] = ()
 
 
 class Store:
     """The memory of two states; all of it is touched when it is made, so that nothing dies for want of it later."""
 
-    def __init__(self, layout: Layout, slots: int, dtype: npt.DTypeLike) -> None:
+    def __init__(self, layout: Layout, slots: int, dtype: npt.DTypeLike, residuals: int = 0) -> None:
+        """``residuals``: the number of shards that keep one, 0 where none do."""
         weights: Array = np.empty((2, layout.size), dtype)
         moments: Array = np.empty((2, slots, layout.parameters), dtype)
+        kept: Array = np.empty((2, residuals, layout.parameters), dtype)
         # np.zeros would leave the pages to be found at the first write.
-        weights.fill(0)
-        moments.fill(0)
-        self._sides = _sides(weights, moments)
+        for memory in (weights, moments, kept):
+            memory.fill(0)
+        self._sides, self._residuals = _sides(weights, moments), _rows(kept)
 
     @classmethod
-    def of(cls, weights: Array, slots: Array) -> "Store":
-        """A store in memory that is there already: (2, size) and (2, slots, parameters)."""
+    def of(cls, weights: Array, slots: Array, residuals: Array | None = None) -> "Store":
+        """A store in memory that is there already: (2, size), (2, slots, parameters), (2, shards, parameters)."""
         store = cls.__new__(cls)
         store._sides = _sides(weights, slots)
+        store._residuals = [(), ()] if residuals is None else _rows(residuals)
         return store
+
+    def residuals(self, side: int) -> tuple[Array, ...]:
+        """The residuals of the shards of a side."""
+        return self._residuals[side]
 
     def weights(self, side: int) -> Array:
         """The flat vector of a side, always the same object."""
@@ -77,18 +87,33 @@ def _sides(weights: Array, slots: Array) -> list[tuple[Array, tuple[Array, ...]]
     return [(vector, tuple(some)) for vector, some in zip(weights, slots, strict=True)]
 
 
+def _rows(memory: Array) -> list[tuple[Array, ...]]:
+    return [tuple(side) for side in memory]
+
+
 Pair = tuple[Array, Array]
 """An addition in place: the second into the first."""
 
 
 class Update:
-    """The way from a finished gradient sum to the next state. ``clip_norm`` 0 means no clipping."""
+    """The way from gradient sums to the next state. ``clip_norm`` 0 means no clipping.
 
-    def __init__(self, layout: Layout, optimizer: Optimizer, schedule: Schedule, clip_norm: float) -> None:
+    ``gradients`` is how the sums are added.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        clip_norm: float,
+        gradients: Gradients | None = None,
+    ) -> None:
         self.layout = layout
         self.optimizer = optimizer
         self.schedule = schedule
         self.clip_norm = clip_norm
+        self.gradients = gradients or Gradients()
 
     @property
     def blocks(self) -> int:
@@ -135,6 +160,7 @@ class Segment:
         self, update: Update, store: Store, lo: int, hi: int, total: Array, pairs: Sequence[Pair] = ()
     ) -> None:
         self._update = update
+        self._gradients = update.gradients.apart()
         layout = update.layout
         momentum = layout.buffer_momentum()
         cuts = sorted({*range(lo, hi, STRETCH), min(max(lo, layout.parameters), hi), hi})
@@ -159,8 +185,11 @@ class Segment:
     def add(self) -> None:
         """Finish the sum."""
         for stretch in self._stretches:
+            rounds = self._gradients.rounds and stretch.momentum is None
             for left, right in stretch.pairs:
                 np.add(left, right, out=left)
+                if rounds:
+                    self._gradients.round(left)
 
     def squares(self) -> npt.NDArray[np.float64]:
         """The squared norm of the finished sum by blocks, in float64; NaN or inf where it isn't finite.
@@ -193,10 +222,15 @@ class Segment:
             n = len(gradient)
             t, u, sum_ = self._scratch[0, :n], self._scratch[1, :n], self._scratch[2, :n]
             if add and pairs:
+                rounds = self._gradients.rounds and momentum is None
                 for left, right in pairs[:-1]:
                     np.add(left, right, out=left)
+                    if rounds:
+                        self._gradients.round(left)
                 # The last sum is needed here and now only: it need not go back to memory.
                 gradient = np.add(*pairs[-1], out=sum_)
+                if rounds:
+                    self._gradients.round(gradient)
             good = good and finite(gradient)
             w, old, new_w, new = sides[side]
             if momentum is None:

@@ -284,6 +284,7 @@ class _Run:
                     arithmetic={
                         **self.parts.arithmetic,
                         "dtype": self.job.train.dtype,
+                        **self._gradients(),
                         "mpi": self.communicator.library,
                     },
                     fingerprint=self.parts.probe.fingerprint,
@@ -321,6 +322,10 @@ class _Run:
         together(self.communicator, "writing the result", write)
         content = self.communicator.broadcast_json(content, "the result")
         return Result(**content), content
+
+    def _gradients(self) -> dict[str, Any]:
+        found = self.parts.update.gradients
+        return found.describe() if found.leaves else {"gradients": self.job.train.dtype}
 
     @property
     def same_bits(self) -> bool:

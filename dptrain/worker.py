@@ -19,7 +19,7 @@ from dptrain.exchange.communicator import Communicator
 from dptrain.exchange.protocol import Exchange
 from dptrain.exchange.verdict import Report, Verdict
 from dptrain.layout import Array
-from dptrain.nn.accumulate import Accumulator, Loaded, Partials, schedule
+from dptrain.nn.accumulate import Accumulator, Loaded, Partials, Residuals, schedule
 from dptrain.nn.evaluate import Evaluator, Rows
 from dptrain.phases import Phase, Phases
 from dptrain.rule import Rule
@@ -251,7 +251,10 @@ class Worker:
                 then = (state.step + 1, lo, min(hi, lo + k)) if state.step < last else None
             return self.reader.load(state.step, start, stop, then)
 
-        return self.accumulator.accumulate(state.weights, self._plan, self.exchange.outbox, state.step, load)
+        kept = None
+        if state.residuals:
+            kept = Residuals(state.residuals, self.exchange.store.residuals(1 - state.side))
+        return self.accumulator.accumulate(state.weights, self._plan, self.exchange.outbox, state.step, load, kept)
 
     def _nothing(self) -> Partials:
         m = len(self._plan.nodes)
@@ -266,11 +269,14 @@ class Worker:
         everywhere = sorted((shard, rank, what) for rank, some in enumerate(places) for shard, what in some)
         shard, rank, what = everywhere[0] if everywhere else (shards, 0, "their sum, though every shard's is finite")
         place = f"shard {shard}" if everywhere else "all shards"
+        cure = 'lower optimizer.lr, set optimizer.clip_norm, look at the data, or set train.non_finite = "skip"'
+        if self.accumulator.gradients.name == "float16":
+            cure = f'set arithmetic.gradients = "bfloat16", which has the range of float32; or {cure}'
         error = NonFiniteError(
             f"rank {rank} at step {state.step}, {place}, {what}",
             expected="a finite gradient",
             found="NaN or infinity",
-            cure='lower optimizer.lr, set optimizer.clip_norm, look at the data, or set train.non_finite = "skip"',
+            cure=cure,
         )
         error.everywhere = True
         return error
@@ -278,7 +284,8 @@ class Worker:
     def _first_not_finite(self, state: State, shard: int) -> tuple[int, str] | None:
         plan = schedule(shard, shard + 1, self.accumulator.shards, 1)
         load: Callable[[int, int], Loaded] = lambda lo, hi: self.reader.load(state.step, lo, hi, None)  # noqa: E731
-        partials = self.accumulator.accumulate(state.weights, plan, self.exchange.outbox, state.step, load)
+        kept = Residuals(state.residuals, None) if state.residuals else None
+        partials = self.accumulator.accumulate(state.weights, plan, self.exchange.outbox, state.step, load, kept)
         for name, tensor in self.accumulator.model.layout.views(partials.vectors[0]).items():
             if not np.isfinite(tensor).all():
                 return shard, f"gradient of {name}"

@@ -58,10 +58,14 @@ def one(world: Mpi, mortal: Mortal, rng: random.Random, number: int, folder: Pat
         # Some steps later: a second death while the same step is computed would be poison.
         victims[second] = border + rng.randrange(150, BORDERS // 2)
     mortal.left = victims.get(world.rank, -1)
-    it = job(name, shards, exchange={"type": kind, "coordinators": rng.choice((0, 0, 1))})
+    gradients = rng.choice(("auto", "bfloat16", "top_k"))
+    if gradients == "top_k" and (kind != "node" or len(world.machines()) > 1):
+        gradients = "float16"
+    arithmetic = {"gradients": gradients, "top_k": 0.05}
+    it = job(name, shards, exchange={"type": kind, "coordinators": rng.choice((0, 0, 1))}, arithmetic=arithmetic)
     found = asdict(run(it, communicator=world, run_dir=folder / str(number)))
     mortal.left = -1
-    return {"job": name, "shards": shards, "kind": kind, "victims": victims, **found}
+    return {"job": name, "shards": shards, "kind": kind, "victims": victims, "declared": arithmetic, **found}
 
 
 def main(folder: Path, seed: int) -> None:
@@ -80,7 +84,8 @@ def main(folder: Path, seed: int) -> None:
         found.append(one(world, mortal, rng, number, folder))
     if world.rank == 0:
         for number, result in enumerate(found):
-            alone = run(job(result["job"], result["shards"]), communicator=Alone(), run_dir=folder / f"solo{number}")
+            it = job(result["job"], result["shards"], arithmetic=result["declared"])
+            alone = run(it, communicator=Alone(), run_dir=folder / f"solo{number}")
             result["solo"] = alone.weights_sha256
         (folder / "found.json").write_text(json.dumps({"machines": machines, "found": found}))
     sys.stdout.flush()

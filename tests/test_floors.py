@@ -16,6 +16,8 @@ FLOORS = [
         "random",
         "tree",
         "layout",
+        "gradients",
+        "packing",
         "arithmetic",
         "phases",
         "limits",

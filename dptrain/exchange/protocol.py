@@ -103,7 +103,8 @@ class Exchange(ABC):
             return state._replace(step=state.step + 1), verdict
         back = 1 - state.side
         weights, slots = self.store.weights(back), self.store.slots(back)
-        return State(state.step + 1, state.updates + 1, weights, slots, back, state.judgement), verdict
+        residuals = self.store.residuals(back)
+        return State(state.step + 1, state.updates + 1, weights, slots, back, state.judgement, residuals), verdict
 
     def _decided(self, state: State, verdict: Verdict, partials: Partials) -> Verdict:
         """Write the next state, and agree on whether it counts."""

@@ -62,8 +62,11 @@ class Machines:
 class Memory:
     """The state and the outboxes of the workers ``here``, of whom each has some rows."""
 
-    def __init__(self, layout: Layout, slots: int, dtype: npt.DTypeLike, outboxes: Sequence[int]) -> None:
-        """``outboxes``: the rows of each worker of the machine, in their order."""
+    def __init__(
+        self, layout: Layout, slots: int, dtype: npt.DTypeLike, outboxes: Sequence[int], residuals: int = 0
+    ) -> None:
+        """``outboxes``: the rows of each worker of the machine, in their order; ``residuals``: see Store."""
+        self._residuals = residuals
         self._dtype = np.dtype(dtype)
         self._layout, self._slots, self._outboxes = layout, slots, list(outboxes)
         unit = _ALIGNED // self._dtype.itemsize
@@ -73,7 +76,8 @@ class Memory:
     @property
     def nbytes(self) -> int:
         """Bytes needed."""
-        return (2 * (self._row + self._slots * self._slot) + sum(self._outboxes) * self._row) * self._dtype.itemsize
+        vectors = self._slots + self._residuals
+        return (2 * (self._row + vectors * self._slot) + sum(self._outboxes) * self._row) * self._dtype.itemsize
 
     def place(self, memory: Array | None) -> tuple[Store, list[Array]]:
         """The store and the outboxes in ``memory``, ``nbytes`` of zeros; None for private memory, touched at once."""
@@ -81,12 +85,14 @@ class Memory:
             memory = np.empty(self.nbytes, np.uint8)
             memory.fill(0)
         elements = memory.view(self._dtype)
-        counts = [2 * self._row, 2 * self._slots * self._slot, *(rows * self._row for rows in self._outboxes)]
-        weights, moments, *boxes = np.split(elements, np.cumsum(counts)[:-1])
+        vectors = [2 * count * self._slot for count in (self._slots, self._residuals)]
+        counts = [2 * self._row, *vectors, *(rows * self._row for rows in self._outboxes)]
+        weights, moments, kept, *boxes = np.split(elements, np.cumsum(counts)[:-1])
         layout = self._layout
         store = Store.of(
             weights.reshape(2, self._row)[:, : layout.size],
             moments.reshape(2, self._slots, self._slot)[:, :, : layout.parameters],
+            kept.reshape(2, self._residuals, self._slot)[:, :, : layout.parameters],
         )
         return store, [
             box.reshape(rows, self._row)[:, : layout.size] for box, rows in zip(boxes, self._outboxes, strict=True)

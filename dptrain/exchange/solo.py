@@ -29,7 +29,8 @@ class Solo(Exchange):
         super().__init__(communicator, membership, update)
         size = update.layout.size
         self.outbox = np.zeros((outbox, size), dtype)
-        self.store = Store(update.layout, len(update.optimizer.slots), dtype)
+        kept = membership.shards if update.gradients.feeds_back else 0
+        self.store = Store(update.layout, len(update.optimizer.slots), dtype, kept)
         self._segment = update.segment(self.store, 0, size, self.outbox[0])
 
     def squares_of_workers(self) -> Sequence[int]:

@@ -37,6 +37,7 @@ def digest_job(job: Job, *, data: str, model: str, start: str, decay_steps: int)
     decisive["data"]["digest"] = data
     decisive["model"].update(python=model, init_from=start)
     decisive["optimizer"]["schedule"]["decay_steps"] = decay_steps
+    _leave_out_what_is_as_ever(decisive["arithmetic"])
     whole = _sha256(decisive) if needs_validation(job) else ""
     train, loss = decisive["train"], decisive["loss"]
     judging = [train.pop("stop"), *(train.pop(key) for key in ("evaluate_steps", "evaluate_rows"))]
@@ -47,6 +48,14 @@ def digest_job(job: Job, *, data: str, model: str, start: str, decay_steps: int)
     for key in _stopping(job.train.stop):
         judging[0].pop(key)
     return JobDigest(whole, _sha256(decisive), _sha256(judging))
+
+
+def _leave_out_what_is_as_ever(arithmetic: dict[str, Any]) -> None:
+    """Gradients in the job's dtype have no word in its digests, nor a share of elements that nobody asks for."""
+    if arithmetic["gradients"] != "top_k":
+        del arithmetic["top_k"]
+    if arithmetic["gradients"] in ("auto", "float32"):
+        del arithmetic["gradients"]
 
 
 def _decisive(spec: Any) -> Any:

@@ -139,6 +139,13 @@ def complete(job: Job, name: str = "the job", *, own_model: bool = False) -> Job
             found="optimizer.momentum = 0.0",
             cure="set optimizer.momentum, such as 0.9",
         )
+    if job.arithmetic.gradients != "auto" and train.dtype != "float32":
+        raise JobError(
+            f"{name}: arithmetic.gradients",
+            expected=f'"auto" with train.dtype = "{train.dtype}"',
+            found=repr(job.arithmetic.gradients),
+            cure="leave it out, or train in float32",
+        )
     wants = "train.result = best" if train.result == "best" else "train.stop"
     if needs_validation(job) and job.data.validation == 0.0:
         raise JobError(

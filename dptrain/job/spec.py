@@ -337,11 +337,17 @@ class Arithmetic(Spec):
     ``products`` "mkl": the layers' matrix products are made by Intel's MKL, which has to be installed.
     ``accept_other`` goes on from a checkpoint that was made with other kernels, and gives up the same bits.
     ``compiled`` "auto" uses numba for what it makes faster with the same bits, where it is installed.
+
+    ``gradients``: the type that a shard's gradient and every sum of gradients are rounded to, "auto" the job's
+    ``train.dtype``; or "top_k": of each tensor of a shard's gradient only the ``top_k`` share of largest elements is
+    added, and the rest with the shard's next gradient.
     """
 
     kernels: Literal["native", "portable"] = "native"
     threads: Count = 1
     products: Literal["numpy", "mkl"] = "numpy"
+    gradients: Literal["auto", "float32", "bfloat16", "float16", "top_k"] = "auto"
+    top_k: Annotated[float, Bound(gt=0, le=1)] = 0.01
     accept_other: bool = field(default=False, metadata=LAUNCH)
     compiled: Literal["auto", "never"] = field(default="auto", metadata=LAUNCH)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dptrain.gradients import Gradients
 from dptrain.layout import Layout
 from dptrain.nn.layer import Array, Model, Pass, Workspace
 from dptrain.phases import Phase, Phases
@@ -81,6 +82,16 @@ class Partials:
     nodes: Sequence[Node]
     vectors: Array | Sequence[Array]
     tallies: npt.NDArray[np.float64]
+
+
+class Residuals(NamedTuple):
+    """Those of all shards: ``old`` the committed ones, ``new`` what they are after this step, None where that is lost.
+
+    Each is a vector over the parameters.
+    """
+
+    old: Sequence[Array]
+    new: Sequence[Array] | None
 
 
 class _Step(NamedTuple):
@@ -169,8 +180,13 @@ def _redirect(batch: _Batch, part: Node, place: int, slot: int) -> None:
 class _Adder:
     """The sink of one schedule: hands out memory for k gradients and adds them as it says, into ``slots``."""
 
-    def __init__(self, layout: Layout, slots: Array, workspace: Workspace, phases: Phases) -> None:
+    def __init__(
+        self, layout: Layout, slots: Array, workspace: Workspace, phases: Phases, gradients: Gradients
+    ) -> None:
         self.phases = phases
+        self.residuals: Residuals | None = None
+        self._gradients = gradients
+        self._parameters = [entry for entry in layout.entries.values() if entry.momentum is None]
         self._layout = layout
         self._slots = slots
         self._workspace = workspace
@@ -222,18 +238,38 @@ class _Adder:
             entry = self._layout.entries[name]
             number, flat = self._open.pop(name)
             self.phases.begin(Phase.PARTIALS, name)
-            self._add(flat, self._slots[:, entry.start : entry.stop])
+            parameters = entry.stop - entry.start if entry.momentum is None else 0
+            if parameters:
+                self._leaves(flat, entry.start, entry.stop)
+            self._add(flat, self._slots[:, entry.start : entry.stop], parameters)
             self._free.append(number)
 
     def end(self, tallies: npt.NDArray[np.float64], into: npt.NDArray[np.float64]) -> None:
         """Finish a batch with its tallies, (k, 3), added into those of the slots alike."""
         if self._whole is not None:
-            self._add(self._whole, self._slots)
+            if self._gradients.leaves:
+                for entry in self._parameters:
+                    self._leaves(self._whole[:, entry.start : entry.stop], entry.start, entry.stop)
+            self._add(self._whole, self._slots, self._layout.parameters)
         if self._batch.direct is not None:
             into[self._batch.direct] = tallies[0]
-        self._add(tallies, into)
+        self._add(tallies, into, 0)
 
-    def _add(self, scratch: Array, slots: Array) -> None:
+    def _leaves(self, some: Array, start: int, stop: int) -> None:
+        """Make of a tensor's gradients, (k, stop - start), what is added."""
+        gradients, kept = self._gradients, self.residuals
+        if not gradients.leaves:
+            return
+        for shard, tensor in enumerate(some, self._batch.lo):
+            if kept is None:
+                gradients.leaf(tensor, None, None)
+            else:
+                new = None if kept.new is None else kept.new[shard][start:stop]
+                gradients.leaf(tensor, kept.old[shard][start:stop], new)
+
+    def _add(self, scratch: Array, slots: Array, parameters: int) -> None:
+        """``parameters`` of the elements are parameters' gradients."""
+        rounds = self._gradients.rounds and parameters > 0
         for target, left, right in self._batch.steps:
             into = scratch[target] if target >= 0 else slots[~target]
             a = scratch[left] if left >= 0 else slots[~left]
@@ -241,21 +277,33 @@ class _Adder:
                 np.copyto(into, a)
             else:
                 np.add(a, scratch[right] if right >= 0 else slots[~right], out=into)
+                if rounds:
+                    self._gradients.round(into[:parameters])
 
 
 class Accumulator:
     """One worker's forward and backward over its shards. Give it an outbox, get partials.
 
     The outbox is (slots, layout.size) with at least ``schedule(...).slots`` rows; its first rows hold the partials.
-    ``phases`` is told where the time goes.
+    ``phases`` is told where the time goes. ``gradients`` is what becomes of each gradient and each sum.
     """
 
-    def __init__(self, model: Model, loss: Loss, *, seed: int, shards: int, at_once: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        loss: Loss,
+        *,
+        seed: int,
+        shards: int,
+        at_once: int,
+        gradients: Gradients | None = None,
+    ) -> None:
         self.model = model
         self.loss = loss
         self.seed = seed
         self.shards = shards
         self.at_once = at_once
+        self.gradients = gradients or Gradients()
         self.workspace = Workspace()
         self.phases = Phases()
         self.shards_computed = 0
@@ -279,11 +327,16 @@ class Accumulator:
         outbox: Array,
         step: int,
         load: Callable[[int, int], Loaded],
+        residuals: Residuals | None = None,
     ) -> Partials:
-        """The partials of the plan's shards at this step; ``load(lo, hi)`` gives the rows of shards lo to hi."""
+        """The partials of the plan's shards at this step; ``load(lo, hi)`` gives the rows of shards lo to hi.
+
+        ``residuals`` are those of all shards, None where they keep none.
+        """
         tallies = np.zeros((max(1, plan.slots), TALLIES))
         tensors = self._tensors(weights)
         sink = self._sink(plan, outbox)
+        sink.residuals = residuals
         for batch in plan.batches:
             self.phases.begin(Phase.DATA)
             rows = load(batch.lo, batch.hi)
@@ -306,7 +359,7 @@ class Accumulator:
     def _sink(self, plan: Schedule, outbox: Array) -> _Adder:
         """The sink of a schedule, made once."""
         if self._adder is None or self._adder[0] is not plan or self._adder[1] is not outbox:
-            self._adder = plan, outbox, _Adder(self.model.layout, outbox, self.workspace, self.phases)
+            self._adder = plan, outbox, _Adder(self.model.layout, outbox, self.workspace, self.phases, self.gradients)
         self._adder[2].phases = self.phases
         return self._adder[2]
 

@@ -62,6 +62,15 @@ CNN: dict[str, Any] = {
 
 JOBS = {"mlp": MLP, "cnn": CNN}
 
+DECLARED = (
+    ("mlp", 8, "bfloat16"),
+    ("cnn", 6, "bfloat16"),
+    ("mlp", 12, "float16"),
+    ("mlp", 6, "top_k"),
+    ("cnn", 8, "top_k"),
+)
+"""Jobs, numbers of shards, and arithmetics of gradients other than the job's dtype."""
+
 
 def job(name: str, shards: int, **changes: dict[str, Any]) -> Job:
     """One of the jobs with so many shards; ``changes`` are merged into its sections."""
