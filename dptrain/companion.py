@@ -107,7 +107,7 @@ class Companion:
         else:
             start, stop, adds, _ = arguments
             self._phases.begin(Phase.PARTIALS, "of this host")
-            add(placed.boxes, adds, start, stop)
+            add(placed.boxes, adds, start, stop, means.accumulator)
 
 
 def _means(job: Job, wanted: Mapping[str, Any]) -> "tuple[Means, str]":

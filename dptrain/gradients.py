@@ -98,7 +98,7 @@ class TopK(Gradients):
     """Of each tensor of a shard's gradient only a share of largest magnitude is added, the rest waits in a residual.
 
     v = gradient + residual; the k = ceil(share * n) elements of largest magnitude are added, of equal ones those of
-    lowest index; the residual keeps the others. Nodes are exact sums. Error feedback after Stich, Cordonnier, Jaggi (2018),
+    lowest index; the residual keeps the others. Nodes are exact sums. Error feedback after Stich et al. (2018),
     "Sparsified SGD with memory"; a k for each tensor after Lin et al. (2018), "Deep Gradient Compression".
     """
 

@@ -93,6 +93,9 @@ MEANINGS = {
     "arithmetic.threads": "Threads of BLAS in each worker.",
     "arithmetic.products": "What makes the layers' matrix products: numpy's BLAS, or Intel's MKL (extra mkl), "
     "which is faster on Intel CPUs and gives other bits.",
+    "arithmetic.gradients": "What every shard's gradient and every sum of them is rounded to (auto: train.dtype), or "
+    "top_k: only the largest elements are added at once, the rest later. Other bits, fewer bytes on a wire.",
+    "arithmetic.top_k": "Share of each tensor's elements that top_k adds at once.",
     "arithmetic.accept_other": "Resume a checkpoint made with other arithmetic; gives up the promise of the same bits.",
     "arithmetic.compiled": "Use numba, where installed, for what it makes faster with the same bits.",
     "exchange.type": "auto: solo for one worker, node for several. ps: a parameter server, without MPI. allreduce does "

@@ -5,7 +5,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from dptrain.exchange.communicator import Alone  # noqa: E402
 from dptrain.exchange.mpi import Mpi, connect  # noqa: E402
 from dptrain.job.spec import Job  # noqa: E402
 from dptrain.training import run  # noqa: E402
-from tests.exchange.jobs import DECLARED, JOBS, MACHINES, ROUNDS, SHARDS, coordinators, job  # noqa: E402
+from tests.exchange.jobs import JOBS, MACHINES, ROUNDS, SHARDS, coordinators, job  # noqa: E402
 
 
 def in_groups(world: Mpi, sizes: tuple[int, ...], apart: int = 0) -> tuple[int, Mpi]:
@@ -82,8 +81,6 @@ def main(folder: Path) -> None:
                     label = {"case": "machines", "number": number, "job": name, "shards": shards, "size": comm.size}
                     note(trained(label, with_exchange(name, shards, "node", count), comm, folder), comm)
 
-    declared(world, folder, note)
-
     for name in JOBS:
         for shards in SHARDS:
             if world.rank == shards % 8:
@@ -111,39 +108,6 @@ def main(folder: Path) -> None:
     every = world.allgather_json(found, "the end")
     if world.rank == 0:
         (folder / "found.json").write_text(json.dumps([result for some in every for result in some]))
-
-
-def declared(world: Mpi, folder: Path, note: Callable[[dict[str, Any], Any], None]) -> None:
-    """Jobs of other arithmetics of gradients, in groups and on machines; those of top_k share memory."""
-    for name, shards, gradients in DECLARED:
-        it = {"arithmetic": {"gradients": gradients, "top_k": 0.05}}
-        label: dict[str, Any] = {"job": name, "shards": shards, "gradients": gradients}
-        kinds = ("node",) if gradients == "top_k" else ("node", "segments")
-        for sizes in ROUNDS:
-            group, comm = in_groups(world, sizes)
-            for kind in kinds:
-                count = coordinators(comm.size, shards)
-                case = {"case": f"declared {kind}", **label, "size": comm.size, "group": group}
-                note(trained(case, with_exchange(name, shards, kind, count, **it), comm, folder), comm)
-        for number, (sizes, count) in enumerate(MACHINES if len(kinds) > 1 else ()):
-            _, comm = in_groups(world, (sum(sizes), 8 - sum(sizes)), on_machines(sizes, world.rank))
-            if world.rank < sum(sizes):
-                case = {"case": "declared machines", **label, "number": number, "size": comm.size}
-                note(trained(case, with_exchange(name, shards, "node", count, **it), comm, folder), comm)
-        if world.rank == shards % 8:
-            case = {"case": "declared solo", **label}
-            note(trained(case, with_exchange(name, shards, "solo", **it), Alone(), folder), Alone())
-
-    # Begun by three workers, gone on with by five, ended by one alone; every shard has its residual again.
-    for size, steps, kind in ((3, 4, "node"), (5, 9, "node"), (1, 15, "auto"), (1, 15, "straight")):
-        comm = world.split(0 if world.rank < size else None)
-        if comm is not None:
-            train = {**JOBS["mlp"]["train"], "steps": steps, "shards": 6}
-            it = {"arithmetic": {"gradients": "top_k", "top_k": 0.05}, "optimizer": CONSTANT, "train": train}
-            straight = kind == "straight"
-            label = {"case": "declared straight" if straight else "declared resumed", "job": "mlp"}
-            done = with_exchange("mlp", 6, "solo" if straight else kind, **it)
-            note({**trained(label, done, comm, folder, resume=steps > 4 and not straight), "size": size}, comm)
 
 
 CONSTANT = {**JOBS["mlp"]["optimizer"], "schedule": {"type": "step", "step_size": 5}}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.exchange.jobs import DECLARED, JOBS, MACHINES, ROUNDS, SHARDS
+from tests.exchange.jobs import JOBS, MACHINES, ROUNDS, SHARDS
 from tests.mpirun import ranks
 
 SIZES = sorted({size for sizes in ROUNDS for size in sizes})
@@ -58,32 +58,6 @@ def test_workers_of_several_machines_give_the_bits_of_solo(
     sizes, _ = MACHINES[number]
     found = [worker["machine"] for worker in result["per_worker"]]
     assert sorted(found.count(machine) for machine in set(found)) == sorted(sizes)
-
-
-@pytest.mark.parametrize(("name", "shards", "gradients"), DECLARED)
-def test_declared_arithmetics_give_the_bits_of_solo_too(
-    results: Results, name: str, shards: int, gradients: str
-) -> None:
-    wanted = {"job": name, "shards": shards, "gradients": gradients}
-    (truth,) = some(results, case="declared solo", **wanted)
-    others = some(results, case="declared node", **wanted)
-    if gradients != "top_k":
-        others += some(results, case="declared segments", **wanted)
-        others += some(results, case="declared machines", **wanted)
-    assert {result["size"] for result in others} >= set(SIZES)
-    for result in others:
-        same(result, truth)
-        assert result["arithmetic"]["gradients"] == gradients
-    plain = solo(results, name, shards)
-    for key in ("weights_sha256", "job_sha256", "fingerprint"):
-        assert truth[key] != plain[key], key
-
-
-def test_residuals_go_on_under_other_workers(results: Results) -> None:
-    (straight,) = some(results, case="declared straight")
-    by_size = {result["size"]: result for result in some(results, case="declared resumed")}
-    assert [by_size[size]["attempt"] for size in (3, 5, 1)] == [1, 2, 3]
-    assert by_size[1]["weights_sha256"] == straight["weights_sha256"]
 
 
 def same(result: dict[str, Any], truth: dict[str, Any]) -> None:

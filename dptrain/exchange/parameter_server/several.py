@@ -31,7 +31,7 @@ from dptrain.exchange.parameter_server.means import Means
 from dptrain.exchange.parameter_server.place import Place, Task, command
 from dptrain.fingerprint import NOT_REPEATABLE
 from dptrain.layout import Array, segments
-from dptrain.nn.accumulate import TALLIES, Partials
+from dptrain.nn.accumulate import TALLIES, Accumulator, Partials
 from dptrain.phases import Phase, Phases
 from dptrain.state import STRETCH
 from dptrain.tree import Node, merged, subtrees
@@ -265,7 +265,7 @@ class Several:
         else:
             self._phases.begin(Phase.PARTIALS, "of this host")
             start, stop, adds = task.arguments
-            add(placed.boxes, adds, start, stop)
+            add(placed.boxes, adds, start, stop, self._own.accumulator)
         task.done = True
         self._compute_seconds += time.perf_counter() - started
 
@@ -391,13 +391,18 @@ class Several:
         return f"process {place.number} of {self.who} on {shared_memory.HOST}"
 
 
-def add(boxes: Sequence[Array], adds: Iterable[tuple[Slot, Slot]], start: int, stop: int) -> None:
+def add(
+    boxes: Sequence[Array], adds: Iterable[tuple[Slot, Slot]], start: int, stop: int, accumulator: Accumulator
+) -> None:
     """Elements start to stop of these additions, stretch by stretch, which stay in a core's cache."""
+    gradients, parameters = accumulator.gradients, accumulator.model.layout.parameters
     pairs = [(boxes[left[0]][left[1]], boxes[right[0]][right[1]]) for left, right in adds]
     for at in range(start, stop, STRETCH):
         end = min(stop, at + STRETCH)
         for into, other in pairs:
             np.add(into[at:end], other[at:end], out=into[at:end])
+            if gradients.rounds and at < parameters:
+                gradients.round(into[at : min(end, parameters)])
 
 
 def told(error: DptrainError) -> dict[str, str]:

@@ -123,6 +123,13 @@ def test_partials_and_evaluations_are_those_of_one(name: str, shards: int, proce
     assert all(one["starts"] == 1 for one in report)
 
 
+def test_sums_of_a_host_are_rounded_as_the_job_declares() -> None:
+    host = host_of("cnn", 8, arithmetic={"gradients": "bfloat16"})
+    with host.several(3) as together:
+        for step, (lo, hi) in enumerate([(0, 8), (1, 8), (2, 6), (0, 7)]):
+            host.same(together, step, lo, hi)
+
+
 def test_a_range_without_shards_gives_nothing() -> None:
     host = host_of("mlp", 6)
     with host.several(2) as together:
