@@ -145,6 +145,9 @@ def _memory(a: Assembly, prepared: Mapping[str, Any], workers: int, rule: Rule) 
         first = segments(layout.size, a.job.exchange.coordinators or workers)[-1]
         foreign = sum(len(nodes) for nodes in membership.nodes[1:])
         memory["exchange"] = vector + foreign * (first[1] - first[0]) * item
+    if accumulator.gradients.feeds_back:
+        # Two sides, and a snapshot of one.
+        memory["residuals"] = 3 * a.shards * layout.parameters * item
     if a.job.train.result == "best":
         memory["best"] = 2 * vector
     return memory
@@ -164,7 +167,8 @@ def _passes(a: Assembly, membership: Membership) -> tuple[Accumulator, Schedule]
         accumulator.workspace = Workspace()
         schedule = accumulator.schedule(lo, hi)
         outbox = np.zeros((max(1, schedule.slots), a.model.layout.size), a.dtype)
-        accumulator.accumulate(weights, schedule, outbox, 0, lambda start, stop: made_up.some(0, stop - start))
+        kept = accumulator.nothing_kept()
+        accumulator.accumulate(weights, schedule, outbox, 0, lambda start, stop: made_up.some(0, stop - start), kept)
     return accumulator, schedule
 
 
@@ -209,8 +213,10 @@ def _speed(a: Assembly) -> tuple[float, float]:
         state = State(0, 0, weights, store.slots(0), 0)
         made_up = _made_up(a.sample, a, accumulator.at_once, rows)
 
+        kept = accumulator.nothing_kept()
+
         def step() -> None:
-            accumulator.accumulate(weights, schedule, outbox, 0, lambda lo, hi: made_up.some(0, hi - lo))
+            accumulator.accumulate(weights, schedule, outbox, 0, lambda lo, hi: made_up.some(0, hi - lo), kept)
             segment.advance(state, scale=1.0, rows=float(batch), add=False)
 
         return step

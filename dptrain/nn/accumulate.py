@@ -316,6 +316,12 @@ class Accumulator:
         sizes = (entry.stop - entry.start for entry in self.model.layout.entries.values())
         return max(sizes, default=0)
 
+    def nothing_kept(self) -> Residuals | None:
+        """Residuals of zeros, as before the first step, for who does not go on from what comes of them."""
+        if not self.gradients.feeds_back:
+            return None
+        return Residuals([np.zeros(self.model.layout.parameters, self.model.dtype)] * self.shards, None)
+
     def schedule(self, lo: int, hi: int) -> Schedule:
         """How shards lo to hi will be gone through."""
         return schedule(lo, hi, self.shards, self.at_once)
@@ -331,8 +337,10 @@ class Accumulator:
     ) -> Partials:
         """The partials of the plan's shards at this step; ``load(lo, hi)`` gives the rows of shards lo to hi.
 
-        ``residuals`` are those of all shards, None where they keep none.
+        ``residuals`` are those of all shards, None where they keep none; see ``nothing_kept``.
         """
+        if self.gradients.feeds_back and residuals is None:
+            raise ValueError("shards keep residuals, and there is no place for them")
         tallies = np.zeros((max(1, plan.slots), TALLIES))
         tensors = self._tensors(weights)
         sink = self._sink(plan, outbox)
