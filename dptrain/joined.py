@@ -56,8 +56,10 @@ def work(
 def _work(channel: Any, address: "Address", job: Job, seconds: float) -> int:
     from dptrain.exchange.communicator import Alone
     from dptrain.exchange.parameter_server.client import Broken, Client, Stub
+    from dptrain.exchange.parameter_server.codec import Written
     from dptrain.exchange.parameter_server.compute import Here
     from dptrain.exchange.parameter_server.means import Means
+    from dptrain.packing import encoding_of
     from dptrain.parts import HOST, Parts
     from dptrain.phases import Phases
     from dptrain.v1 import parameter_server_pb2 as pb
@@ -77,6 +79,7 @@ def _work(channel: Any, address: "Address", job: Job, seconds: float) -> int:
         host=HOST,
         processes=1,
     )
+    written = Written(encoding_of(parts.update.gradients.name), parts.update.layout.parameters)
     stub = Stub(channel)
     lost, pause = time.monotonic(), _FIRST
     try:
@@ -84,7 +87,7 @@ def _work(channel: Any, address: "Address", job: Job, seconds: float) -> int:
             try:
                 with told(address):
                     joined = stub.join(request, timeout=seconds, wait_for_ready=True)
-                client = Client(stub, joined.membership, here, job.exchange.lease_seconds, named)
+                client = Client(stub, joined.membership, here, job.exchange.lease_seconds, named, written)
                 code = client.run()
             except Broken:
                 if client.begun:

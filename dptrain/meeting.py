@@ -75,12 +75,12 @@ class Meeting:
                 found=f'arithmetic.gradients = "{gradients.name}"',
                 cure='use "node" or "segments", or leave arithmetic.gradients out',
             )
-        if gradients.feeds_back and len(self._groups().groups) > 1:
+        if gradients.feeds_back and (self.kind == "ps" or len(self._groups().groups) > 1):
             # With a machine, or a worker that shares no memory, the residuals of its shards would be gone.
             raise LaunchError(
                 f'arithmetic.gradients = "{gradients.name}"',
                 expected='workers that share the memory of one machine, and exchange.type = "node"',
-                found=f'exchange.type = "{self.kind}" over {len(self._groups().groups)} memories',
+                found=f'exchange.type = "{self.kind}", whose workers have memories of their own',
                 cure='set arithmetic.gradients = "bfloat16", or start all workers on one machine',
             )
         if self.wanted.coordinators > size:

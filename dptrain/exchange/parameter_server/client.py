@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from dptrain.arithmetic import peak_memory
 from dptrain.errors import DptrainError, RefusedError, exit_code
 from dptrain.exchange.parameter_server import codec
-from dptrain.exchange.parameter_server.codec import Piece, cuts, elements, encode
+from dptrain.exchange.parameter_server.codec import Piece, Written, cuts, elements, encode
 from dptrain.exchange.parameter_server.compute import Compute
 from dptrain.exchange.parameter_server.service import SERVICE
 from dptrain.layout import Array
@@ -101,6 +101,7 @@ class Weights:
             stop is None
             or place.total != len(self.vector)
             or place.membership.job != self._job
+            or place.encoding != pb.ENCODING_RAW
             or len(piece.data) != (stop - place.offset) * itemsize
             or codec.checksum(piece.data) != place.checksum
         ):
@@ -109,7 +110,7 @@ class Weights:
         with self.lock:
             if version != self._arriving:
                 self.version, self._arriving, self._missing = None, version, set(self._cuts)
-            np.copyto(self.vector[place.offset : stop], elements(piece, self.vector.dtype))
+            elements(piece, self.vector[place.offset : stop])
             self._missing.discard(place.offset)
             if not self._missing:
                 self.version = version
@@ -136,11 +137,20 @@ class Client:
     """Takes part in a run, with a membership, until the server ends it.
 
     ``hidden`` are seconds without a sign after which the server would take this worker for dead. ``name`` makes an
-    error of an exception, of a worker's number, the step and the phase.
+    error of an exception, of a worker's number, the step and the phase. ``written`` is how partials are sent.
     """
 
-    def __init__(self, stub: Stub, membership: pb.Membership, compute: Compute, hidden: float, name: Name) -> None:
+    def __init__(
+        self,
+        stub: Stub,
+        membership: pb.Membership,
+        compute: Compute,
+        hidden: float,
+        name: Name,
+        written: Written,
+    ) -> None:
         self._stub, self._membership, self._compute, self._hidden = stub, membership, compute, hidden
+        self._written = written
         self.weights = Weights(compute.weights, membership.job)
         self._said, self._chunks = _Sending(), _Sending()
         self._name = name
@@ -230,7 +240,7 @@ class Client:
         places = [
             (node, vector, start, stop)
             for node, vector in zip(partials.nodes, partials.vectors, strict=True)
-            for start, stop in cuts(size, vector.dtype.itemsize)
+            for start, stop in cuts(size, vector.dtype.itemsize, self._written.parameters)
         ]
         last = len(places) - 1
         for i, (node, vector, start, stop) in enumerate(places):
@@ -242,7 +252,7 @@ class Client:
                 hi=node.hi,
                 offset=start,
                 total=size,
-                encoding=pb.ENCODING_RAW,
+                encoding=self._written.at(start),
             )
 
             def message(place: pb.Place = place, part: Array = vector[start:stop], ends: bool = i == last) -> bytes:

@@ -5,12 +5,14 @@ taken apart without one: generated code copies the data once more each way. Any 
 generated code.
 """
 
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from dptrain import packing
 from dptrain.layout import Array
 from dptrain.v1 import parameter_server_pb2 as pb
 
@@ -30,10 +32,33 @@ class Piece(NamedTuple):
     data: memoryview
 
 
-def cuts(elements: int, itemsize: int) -> list[tuple[int, int]]:
-    """The chunks of a segment: ranges of elements. A segment without elements has none."""
-    step = CHUNK // itemsize
-    return [(lo, min(elements, lo + step)) for lo in range(0, elements, step)]
+_ENCODINGS: dict[str, pb.Encoding.ValueType] = {
+    packing.RAW: pb.ENCODING_RAW,
+    packing.BFLOAT16: pb.ENCODING_BFLOAT16,
+    packing.FLOAT16: pb.ENCODING_FLOAT16,
+}
+_NAMES = {number: name for name, number in _ENCODINGS.items()}
+
+
+class Written(NamedTuple):
+    """How the vectors of partials are written: their first ``parameters`` elements so, the others as they are."""
+
+    encoding: str
+    parameters: int
+
+    def at(self, element: int) -> pb.Encoding.ValueType:
+        """The encoding of a chunk that begins there."""
+        return _ENCODINGS[self.encoding] if element < self.parameters else pb.ENCODING_RAW
+
+
+def cuts(elements: int, itemsize: int, border: int = 0) -> list[tuple[int, int]]:
+    """The chunks of a segment: ranges of elements, none of them across the border.
+
+    A segment without elements has none.
+    """
+    step, middle = CHUNK // itemsize, min(border, elements)
+    starts = [*range(0, middle, step), *range(middle, elements, step)]
+    return list(pairwise([*starts, elements]))
 
 
 def checksum(data: bytes | memoryview) -> int:
@@ -42,9 +67,12 @@ def checksum(data: bytes | memoryview) -> int:
 
 
 def encode(place: pb.Place, vector: Array) -> bytes:
-    """A chunk of contiguous elements, with its checksum, as the bytes of a PushRequest or PullResponse."""
-    little = vector if vector.dtype.isnative and vector.dtype.byteorder != ">" else vector.astype(_little(vector.dtype))
-    data = little.view(np.uint8).data
+    """A chunk of contiguous elements, with its checksum, as the bytes of a PushRequest or PullResponse.
+
+    It is written in the encoding that its place names.
+    """
+    (piece,) = packing.pack(vector, _NAMES[place.encoding]).pieces
+    data = piece.data
     place.checksum = checksum(data)
     head = place.SerializeToString()
     return b"".join((_PLACE, _varint(len(head)), head, _DATA, _varint(len(data)), data))
@@ -60,9 +88,14 @@ def decode_pull(message: bytes) -> Piece:
     return _decode(pb.PullResponse, message)
 
 
-def elements(piece: Piece, dtype: npt.DTypeLike) -> Array:
-    """The data as elements, a view."""
-    return np.frombuffer(piece.data, _little(dtype))
+def elements(piece: Piece, into: Array) -> None:
+    """Write the chunk's elements over all of ``into``. Raises ValueError where they are not as many."""
+    packing.unpack(np.frombuffer(piece.data, np.uint8), _NAMES[piece.place.encoding], into)
+
+
+def bytes_of(count: int, dtype: npt.DTypeLike, encoding: pb.Encoding.ValueType) -> int:
+    """The length of so many elements' data."""
+    return count * (np.dtype(dtype).itemsize if encoding == pb.ENCODING_RAW else 2)
 
 
 def _decode(kind: type[Chunk], message: bytes) -> Piece:
@@ -76,10 +109,6 @@ def _decode(kind: type[Chunk], message: bytes) -> Piece:
                 return Piece(pb.Place.FromString(message[start:end]), view[data:])
     whole = kind.FromString(message)
     return Piece(whole.place, memoryview(whole.data))
-
-
-def _little(dtype: npt.DTypeLike) -> np.dtype[np.generic]:
-    return np.dtype(dtype).newbyteorder("<")
 
 
 def _varint(number: int) -> bytes:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from dptrain.errors import DeadlineError, PoisonError
 from dptrain.exchange.communicator import Alone
 from dptrain.exchange.parameter_server import leases
+from dptrain.exchange.parameter_server.codec import Written
 from dptrain.exchange.parameter_server.hub import Hub, Member
 from dptrain.exchange.parameter_server.intake import Box, Intake
 from dptrain.exchange.parameter_server.leases import Grant, Range
@@ -24,6 +25,7 @@ from dptrain.exchange.verdict import Ballot, Report, Verdict
 from dptrain.layout import Array
 from dptrain.membership import Membership
 from dptrain.nn.accumulate import Partials
+from dptrain.packing import encoding_of
 from dptrain.phases import Phase
 from dptrain.state import Pair, Segment, State, Store, Update
 from dptrain.tree import Node, merged, subtrees
@@ -71,7 +73,8 @@ class ParameterServer(Exchange):
         size = update.layout.size
         self.outbox = np.zeros((1, size), dtype)
         self.store = Store(update.layout, len(update.optimizer.slots), dtype)
-        self.intake = Intake(0, 0, size, dtype)
+        written = Written(encoding_of(update.gradients.name), update.layout.parameters)
+        self.intake = Intake(0, 0, size, dtype, written)
         self.doubts: list[str] = []
         """Answers of two workers to the same question that were not the same."""
         self._goal = Node(0, membership.shards)

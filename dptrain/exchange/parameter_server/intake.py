@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from dptrain.exchange.parameter_server.codec import Piece, checksum, cuts, elements
+from dptrain.exchange.parameter_server.codec import Piece, Written, bytes_of, checksum, cuts, elements
 from dptrain.layout import Array
 from dptrain.tree import Node
 from dptrain.v1 import parameter_server_pb2 as pb
@@ -35,10 +35,11 @@ class Intake:
     prepared once. It is nobody else's: what a member that is taken for dead still sends meets nothing of the others'.
     """
 
-    def __init__(self, segment: int, lo: int, hi: int, dtype: npt.DTypeLike) -> None:
+    def __init__(self, segment: int, lo: int, hi: int, dtype: npt.DTypeLike, written: Written) -> None:
         self.segment, self.lo, self.hi = segment, lo, hi
         self.dtype = np.dtype(dtype)
-        self._cuts = dict(cuts(hi - lo, self.dtype.itemsize))
+        self._written = written._replace(parameters=max(0, written.parameters - lo))
+        self._cuts = dict(cuts(hi - lo, self.dtype.itemsize, self._written.parameters))
         self._lock = threading.Lock()
         self._open: dict[int, Box] = {}
         self._memory: dict[tuple[int, int], Array] = {}
@@ -86,7 +87,7 @@ class Intake:
             box.sums[spot] = place.checksum
         row, offset = spot
         stop = self._cuts[offset]
-        np.copyto(box.vectors[row, offset:stop], elements(piece, self.dtype))
+        elements(piece, box.vectors[row, offset:stop])
         with self._lock:
             box.missing -= 1
             return (pb.OUTCOME_UNSPECIFIED if box.missing else pb.OUTCOME_COMPLETE), ""
@@ -97,10 +98,10 @@ class Intake:
             return f"segment {self.segment} has {self.hi - self.lo} elements, not {place.total} of {place.segment}"
         if Node(place.lo, place.hi) not in box.nodes:
             return f"shards {place.lo} to {place.hi} are no node of lease {place.lease}"
-        if place.encoding != pb.ENCODING_RAW:
+        if place.encoding != self._written.at(place.offset):
             return f"encoding {place.encoding} is not the job's"
         stop = self._cuts.get(place.offset)
-        if stop is None or len(piece.data) != (stop - place.offset) * self.dtype.itemsize:
+        if stop is None or len(piece.data) != bytes_of(stop - place.offset, self.dtype, place.encoding):
             return f"{len(piece.data)} bytes at element {place.offset} are no chunk"
         if checksum(piece.data) != place.checksum:
             return "the checksum is not that of the bytes"
