@@ -1,7 +1,8 @@
-"""``python -m dptrain.crew WORKERS ARGUMENTS``: a parameter server and its workers, as processes of this machine.
+"""``python -m dptrain.crew WORKERS PROCESSES ARGUMENTS``: a parameter server and its workers, on this machine.
 
-It is to them what mpirun is to ranks: it starts them, starts a worker that ended again for as long as the server
-lives, passes a request to stop on to the server, ends all when the server has ended, and leaves with its code.
+Each worker is of so many processes. It is to them what mpirun is to ranks: it starts them, starts a worker that ended
+again for as long as the server lives, passes a request to stop on to the server, ends all when the server has ended,
+and leaves with its code.
 """
 
 import os
@@ -22,10 +23,10 @@ _QUICK = 1.0
 
 
 class Crew:
-    """Of ``workers`` workers and the server that ``arguments`` start."""
+    """Of ``workers`` workers, each of so many ``processes``, and the server that ``arguments`` start."""
 
-    def __init__(self, workers: int, address: str, arguments: Sequence[str]) -> None:
-        self._workers, self._address = workers, address
+    def __init__(self, workers: int, processes: int, address: str, arguments: Sequence[str]) -> None:
+        self._workers, self._processes_of_each, self._address = workers, processes, address
         self._dptrain = [sys.executable, "-P", "-m", "dptrain"]
         self._server_line = [*self._dptrain, "param-server", *arguments, "--listen", address]
         self._began: dict[int, float] = {}
@@ -68,7 +69,8 @@ class Crew:
     def _start_worker(self, pause: bool = False) -> None:
         if pause:
             time.sleep(_QUICK)
-        self._began[self._start([*self._dptrain, "worker", "--server", self._address])] = time.monotonic()
+        line = [*self._dptrain, "worker", "--server", self._address, "--processes", str(self._processes_of_each)]
+        self._began[self._start(line)] = time.monotonic()
 
     def _start(self, line: Sequence[str]) -> int:
         ours = os.getpid()
@@ -89,4 +91,5 @@ def _kill(pid: int) -> None:
 
 if __name__ == "__main__":
     folder = os.environ[supervision.FOLDER]
-    sys.exit(Crew(int(sys.argv[1]), f"unix:{os.path.join(folder, SOCKET)}", sys.argv[2:]).run())
+    address = f"unix:{os.path.join(folder, SOCKET)}"
+    sys.exit(Crew(int(sys.argv[1]), int(sys.argv[2]), address, sys.argv[3:]).run())

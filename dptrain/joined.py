@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from dptrain import arithmetic
 from dptrain.errors import UnreachableError
-from dptrain.job.spec import Job, rebuild
+from dptrain.job.spec import Job, plain, rebuild
 
 if TYPE_CHECKING:
+    from dptrain.exchange.parameter_server.compute import Compute
+    from dptrain.parts import Parts
     from dptrain.wire.address import Address
     from dptrain.wire.security import Calling
 
@@ -24,14 +26,16 @@ def work(
     servers: Sequence[str],
     *,
     data: Path | None = None,
+    processes: int = 1,
     calling: "Calling | None" = None,
     seconds: float = 120.0,
 ) -> int:
     """Take part in the run of a parameter server until it ends, and return the code that it gives its workers.
 
-    The job comes from the server, its data from where the job says, or from ``data``. ``seconds`` are how long a
-    server may be away. Raises UnreachableError after that, what the server refuses this worker with, and what fails
-    here, of which the server is told too.
+    The job comes from the server, its data from where the job says, or from ``data``. ``processes`` of this machine,
+    this one among them, compute, and send one sum. ``seconds`` are how long a server may be away. Raises
+    UnreachableError after that, what the server refuses this worker with, and what fails here, of which the server is
+    told too.
     """
     from dptrain.exchange.parameter_server.invitation import ask
     from dptrain.wire.address import parse
@@ -50,26 +54,21 @@ def work(
         )
         arithmetic.choose(job.arithmetic.kernels, job.arithmetic.threads)
         left.enter_context(arithmetic.limited(job.arithmetic.threads))
-        return _work(channel, address, job, seconds)
+        return _work(channel, address, job, processes, seconds)
 
 
-def _work(channel: Any, address: "Address", job: Job, seconds: float) -> int:
+def _work(channel: Any, address: "Address", job: Job, processes: int, seconds: float) -> int:
     from dptrain.exchange.communicator import Alone
     from dptrain.exchange.parameter_server.client import Broken, Client, Stub
     from dptrain.exchange.parameter_server.codec import Written
-    from dptrain.exchange.parameter_server.compute import Here
-    from dptrain.exchange.parameter_server.means import Means
     from dptrain.packing import encoding_of
     from dptrain.parts import HOST, Parts
-    from dptrain.phases import Phases
     from dptrain.v1 import parameter_server_pb2 as pb
     from dptrain.wire.statuses import told
     from dptrain.worker import named
 
     parts = Parts(job, None, Alone())
-    dataset = parts.assembly.dataset
-    evaluated = {"validation": dataset.validation, "test": dataset.test}
-    here = Here(Means(parts.accumulator, parts.evaluator, parts.reader, evaluated), Phases())
+    here = _compute(parts, processes)
     identity = parts.identity
     request = pb.JoinRequest(
         job_sha256=identity["job"],
@@ -77,7 +76,7 @@ def _work(channel: Any, address: "Address", job: Job, seconds: float) -> int:
         fingerprint=identity["fingerprint"],
         arithmetic=identity["arithmetic"],
         host=HOST,
-        processes=1,
+        processes=processes,
     )
     written = Written(encoding_of(parts.update.gradients.name), parts.update.layout.parameters)
     stub = Stub(channel)
@@ -87,6 +86,7 @@ def _work(channel: Any, address: "Address", job: Job, seconds: float) -> int:
             try:
                 with told(address):
                     joined = stub.join(request, timeout=seconds, wait_for_ready=True)
+                here.who = f"worker {joined.membership.worker}"
                 client = Client(stub, joined.membership, here, job.exchange.lease_seconds, named, written)
                 code = client.run()
             except Broken:
@@ -108,3 +108,34 @@ def _work(channel: Any, address: "Address", job: Job, seconds: float) -> int:
             pause = min(_MOST, 2 * pause)
     finally:
         here.close()
+
+
+def _compute(parts: "Parts", processes: int) -> "Compute":
+    """What computes on this machine."""
+    from dptrain.exchange.parameter_server.compute import Here
+    from dptrain.exchange.parameter_server.means import Means
+    from dptrain.phases import Phases
+
+    dataset, job = parts.assembly.dataset, parts.job
+    evaluated = {"validation": dataset.validation, "test": dataset.test}
+    means = Means(parts.accumulator, parts.evaluator, parts.reader, evaluated)
+    if processes == 1:
+        return Here(means, Phases())
+    from dptrain.exchange.parameter_server.several import Several
+
+    several = Several(
+        means,
+        plain(job),
+        parts.plan,
+        processes=processes,
+        fingerprint=parts.probe.fingerprint,
+        hang_seconds=job.exchange.hang_seconds,
+        deadline=job.exchange.deadline,
+    )
+    several.phases = Phases()
+    try:
+        several.await_all()
+    except BaseException:
+        several.close()
+        raise
+    return several

@@ -228,9 +228,13 @@ def command(
     return line, {**needs(name, n), **environ}
 
 
-def crew(n: int, argv: Sequence[str]) -> list[str]:
-    """The command line that starts a parameter server with these arguments and ``n`` workers, without MPI."""
-    return [sys.executable, "-P", "-m", "dptrain.crew", str(n), *argv]
+def crew(n: int, argv: Sequence[str], *, together: bool) -> list[str]:
+    """The command line that starts a parameter server with these arguments and ``n`` workers, without MPI.
+
+    ``together``: one worker of ``n`` processes.
+    """
+    workers, processes = (1, n) if together else (n, 1)
+    return [sys.executable, "-P", "-m", "dptrain.crew", str(workers), str(processes), *argv]
 
 
 def needs(name: str, n: int) -> dict[str, str]:

@@ -278,7 +278,8 @@ class _Run:
                     seconds=round(seconds, 4),
                     weights_sha256=digest(weights),
                     job_sha256=self.parts.digests.job,
-                    workers=len(self.parts.exchange.others()) or len(self.parts.hosts),
+                    workers=sum(len(one.get("processes", [one])) for one in self.parts.exchange.others())
+                    or len(self.parts.hosts),
                     shards=self.parts.assembly.shards,
                     exchange=self.parts.exchange.name,
                     arithmetic={

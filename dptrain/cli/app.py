@@ -162,11 +162,15 @@ def worker(
         Path | None,
         typer.Option("--data", metavar="PATH", help="The job's data on this machine. Default: where the job says."),
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option("--processes", metavar="N", help="Compute with N processes of this machine, summing here.", min=1),
+    ] = 1,
 ) -> None:
     """Compute for a parameter server, which says what."""
     from dptrain.joined import work
 
-    raise typer.Exit(work(server.split(","), data=data))
+    raise typer.Exit(work(server.split(","), data=data, processes=processes))
 
 
 @app.command(epilog="Example: [bold]dptrain check job.toml --set train.shards=4 -n 8[/]")

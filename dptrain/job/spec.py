@@ -364,7 +364,8 @@ class Exchange(Spec):
     ``auto`` is ``solo`` for one worker and ``node`` for several. ``node``: the workers of a machine share memory, and
     messages go between machines only. ``segments``: messages everywhere. ``ps``: a parameter server over gRPC, without
     MPI. There a worker that gives no sign of life for ``lease_seconds`` loses its shards to others, and the
-    ``backup_workers`` slowest shards of a step are computed twice.
+    ``backup_workers`` slowest shards of a step are computed twice; with ``host_sum`` the workers that are started
+    together on a machine add up there and send one sum.
     """
 
     type: Literal["auto", "solo", "node", "segments", "allreduce", "ps"] = "auto"
@@ -375,6 +376,7 @@ class Exchange(Spec):
     recheck_steps: Natural = 0
     lease_seconds: Positive = 10.0
     backup_workers: Natural = 0
+    host_sum: bool = True
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

@@ -398,6 +398,7 @@ class Answer(_message.Message):
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     WAIT_SECONDS_FIELD_NUMBER: _builtins.int
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
     lease: _builtins.int
     """The lease that is answered."""
     tallies: _builtins.bytes
@@ -408,6 +409,10 @@ class Answer(_message.Message):
     """Seconds of waiting since the answer before."""
     peak_memory_bytes: _builtins.int
     """Bytes of memory needed so far, at most."""
+    @_builtins.property
+    def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProcessFigures]:
+        """Where several processes of the worker's host compute for it: what each has done so far."""
+
     def __init__(
         self,
         *,
@@ -416,14 +421,57 @@ class Answer(_message.Message):
         compute_seconds: _builtins.float = ...,
         wait_seconds: _builtins.float = ...,
         peak_memory_bytes: _builtins.int = ...,
+        processes: _abc.Iterable[Global___ProcessFigures] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "lease", b"lease", "peak_memory_bytes", b"peak_memory_bytes", "tallies", b"tallies", "wait_seconds", b"wait_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "lease", b"lease", "peak_memory_bytes", b"peak_memory_bytes", "processes", b"processes", "tallies", b"tallies", "wait_seconds", b"wait_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Answer: _TypeAlias = Answer  # noqa: Y015
+
+@_typing.final
+class ProcessFigures(_message.Message):
+    """What one of the processes of a worker's host has done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    WAIT_SECONDS_FIELD_NUMBER: _builtins.int
+    SHARDS_COMPUTED_FIELD_NUMBER: _builtins.int
+    ROWS_READ_FIELD_NUMBER: _builtins.int
+    STARTS_FIELD_NUMBER: _builtins.int
+    process: _builtins.int
+    """Its number; 0 is the worker itself."""
+    compute_seconds: _builtins.float
+    """Seconds of computing."""
+    wait_seconds: _builtins.float
+    """Seconds of waiting for the others while the worker had something to do."""
+    shards_computed: _builtins.int
+    """Shards computed."""
+    rows_read: _builtins.int
+    """Training rows read."""
+    starts: _builtins.int
+    """How often it was started."""
+    def __init__(
+        self,
+        *,
+        process: _builtins.int = ...,
+        compute_seconds: _builtins.float = ...,
+        wait_seconds: _builtins.float = ...,
+        shards_computed: _builtins.int = ...,
+        rows_read: _builtins.int = ...,
+        starts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "process", b"process", "rows_read", b"rows_read", "shards_computed", b"shards_computed", "starts", b"starts", "wait_seconds", b"wait_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProcessFigures: _TypeAlias = ProcessFigures  # noqa: Y015
 
 @_typing.final
 class Blocks(_message.Message):

@@ -230,6 +230,7 @@ class Client:
             compute_seconds=ended - began,
             wait_seconds=began - since,
             peak_memory_bytes=peak_memory(),
+            processes=[pb.ProcessFigures(**figures) for figures in self._compute.report()],
         )
         self._said.queue.put(pb.WorkRequest(membership=self._membership, answer=answer))
         return ended

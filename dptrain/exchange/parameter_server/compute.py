@@ -1,6 +1,6 @@
 """Who computes on a worker's host: the interface, and the one process of it that does it itself."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,12 @@ from dptrain.phases import Phases
 
 
 class Compute(Protocol):
-    """Computes for a worker. ``weights`` is written to between calls; what a call returns is valid until the next."""
+    """Computes for a worker, who is called ``who`` in messages.
 
+    ``weights`` is written to between calls; what a call returns is valid until the next.
+    """
+
+    who: str
     weights: Array
 
     def partials(self, step: int, lo: int, hi: int) -> Partials:
@@ -27,12 +31,17 @@ class Compute(Protocol):
     def beat(self) -> int:
         """A count that grows while there is progress."""
 
+    def report(self) -> list[dict[str, Any]]:
+        """What each of several processes has done; empty for one alone."""
+
     def close(self) -> None:
         """Nothing more will be asked for."""
 
 
 class Here:
     """This process computes alone."""
+
+    who = ""
 
     def __init__(self, means: Means, phases: Phases) -> None:
         model = means.accumulator.model
@@ -52,6 +61,10 @@ class Here:
     def beat(self) -> int:
         """See Compute."""
         return int(self._phases.cell[BEAT])
+
+    def report(self) -> list[dict[str, Any]]:
+        """See Compute."""
+        return []
 
     def close(self) -> None:
         """See Compute."""

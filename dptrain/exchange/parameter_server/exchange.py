@@ -186,6 +186,7 @@ class ParameterServer(Exchange):
                     "compute_seconds": round(member.compute_seconds, 4),
                     "wait_seconds": round(member.wait_seconds, 4),
                     "peak_memory_bytes": member.peak_memory_bytes,
+                    **_processes(member),
                 }
                 for member in self.hub.all
             ]
@@ -386,3 +387,11 @@ class ParameterServer(Exchange):
             found="none",
             cure="start some with `dptrain worker --server ADDRESS`, and go on with --resume",
         )
+
+
+def _processes(member: Member) -> dict[str, Any]:
+    """What the processes of a member's host have done, where there are several."""
+    if member.processes == 1:
+        return {}
+    names = [field.name for field in pb.ProcessFigures.DESCRIPTOR.fields]
+    return {"processes": [{name: getattr(one, name) for name in names} for one in member.figures]}

@@ -4,7 +4,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,9 @@ class Member:
     wait_seconds: float = 0.0
     peak_memory_bytes: int = 0
     seconds_a_shard: float = 0.0
+    processes: int = 1
+    figures: Sequence[pb.ProcessFigures] = ()
+    """What each of several processes of its host has done."""
 
 
 class Answered:
@@ -134,6 +137,7 @@ class Hub:
             self._compare(request, self._identity)
             self._epoch += 1
             member = Member(len(self.all) + 1, self._epoch, request.host, self.step, heard=time.monotonic())
+            member.processes = max(1, request.processes)
             self.all.append(member)
             self.members[member.number] = member
             self.changed.notify_all()
@@ -222,6 +226,7 @@ class Hub:
             member.compute_seconds += answer.compute_seconds
             member.wait_seconds += answer.wait_seconds
             member.peak_memory_bytes = answer.peak_memory_bytes
+            member.figures = answer.processes
             member.seconds_a_shard = answer.compute_seconds / shards
         open_.rows = np.frombuffer(answer.tallies, "<f8").reshape(-1, TALLIES)
         if open_.whole:

@@ -151,7 +151,7 @@ class Several:
             self._hear(self._interval)
 
     def partials(self, step: int, lo: int, hi: int) -> Partials:
-        """The partials of shards lo to hi at this step: the maximal subtrees of the range, until the next call."""
+        """See Compute."""
         started = time.perf_counter()
         try:
             while True:
@@ -166,7 +166,7 @@ class Several:
             self._seconds += time.perf_counter() - started
 
     def evaluate(self, part: str, lo: int, hi: int, step: int) -> npt.NDArray[np.float64]:
-        """The sums of blocks lo to hi of a part, (hi - lo, width); the state is that after ``step``."""
+        """See Compute."""
         started = time.perf_counter()
         self._admit()
         self._share(self._cut(EVALUATE, step, lo, hi, part))
@@ -178,7 +178,7 @@ class Several:
         return int(self._phases.cell[BEAT])
 
     def report(self) -> list[dict[str, Any]]:
-        """Of each process: what it computed, and how long it waited for others within the calls."""
+        """See Compute; waiting is for the other processes, and while they were started anew."""
         own = self._own
         first = {
             "process": 0,
@@ -198,7 +198,8 @@ class Several:
         ]
 
     def close(self) -> None:
-        """End the processes; they have nothing to finish. May be called twice."""
+        """See Compute. The processes have nothing to finish, and are ended. May be called twice."""
+        self._own.reader.close()
         for place in self._places:
             place.end()
         self._places = []
