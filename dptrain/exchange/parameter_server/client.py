@@ -3,6 +3,7 @@
 Weights arrive by themselves, in a thread of their own; partials leave in another. The main thread computes.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -208,6 +209,7 @@ class Client:
                     raise
                 except BaseException as error:
                     self._fail(error, task)
+                    self._until_heard(tasks)
                     raise
         except grpc.RpcError as error:
             raise Broken from error
@@ -288,6 +290,19 @@ class Client:
             traceback="".join(traceback.format_exception(error)),
         )
         self._said.queue.put(pb.WorkRequest(membership=self._membership, failure=failure))
+
+    def _until_heard(self, tasks: Any) -> None:
+        """Return when the server has ended the stream, which it does once it knows of a failure; or is as good as gone.
+
+        What is still on its way when a channel is closed never arrives.
+        """
+        timer = threading.Timer(self._hidden, tasks.cancel)
+        timer.start()
+        with contextlib.suppress(grpc.RpcError):
+            for _ in tasks:
+                pass
+        timer.cancel()
+        timer.join()
 
     def _receive(self, pulled: Any) -> None:
         try:
