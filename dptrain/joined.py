@@ -1,5 +1,6 @@
 """The composition root of a worker that joins a parameter server."""
 
+import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dptrain import arithmetic
-from dptrain.errors import UnreachableError
+from dptrain.errors import BusyError, UnreachableError
 from dptrain.job.spec import Job, plain, rebuild
 
 if TYPE_CHECKING:
@@ -41,11 +42,12 @@ def work(
     from dptrain.wire.address import parse
     from dptrain.wire.channel import connect
 
+    addresses = [parse(server) for server in servers]
     with ExitStack() as left:
-        address = parse(servers[0])
-        channel = connect(address, calling)
-        left.callback(channel.close)
-        invitation = ask(channel, address, seconds)
+        channels = [connect(address, calling) for address in addresses]
+        for channel in channels:
+            left.callback(channel.close)
+        invitation = ask(channels[0], addresses[0], seconds)
         job = rebuild(Job, invitation.job)
         job = replace(
             job,
@@ -54,10 +56,10 @@ def work(
         )
         arithmetic.choose(job.arithmetic.kernels, job.arithmetic.threads)
         left.enter_context(arithmetic.limited(job.arithmetic.threads))
-        return _work(channel, address, job, processes, seconds)
+        return _work(list(zip(addresses, channels, strict=True)), job, processes, seconds)
 
 
-def _work(channel: Any, address: "Address", job: Job, processes: int, seconds: float) -> int:
+def _work(servers: Sequence[tuple["Address", Any]], job: Job, processes: int, seconds: float) -> int:
     from dptrain.exchange.communicator import Alone
     from dptrain.exchange.parameter_server.client import Broken, Client, Stub
     from dptrain.exchange.parameter_server.codec import Written
@@ -79,20 +81,23 @@ def _work(channel: Any, address: "Address", job: Job, processes: int, seconds: f
         processes=processes,
     )
     written = Written(encoding_of(parts.update.gradients.name), parts.update.layout.parameters)
-    stub = Stub(channel)
     lost, pause = time.monotonic(), _FIRST
     try:
-        while True:
+        for turn in itertools.count():
+            address, channel = servers[turn % len(servers)]
+            stub = Stub(channel)
+            # The last that is left is waited for; of several that are, one is the chief.
+            waits = len(servers) == 1
             try:
                 with told(address):
-                    joined = stub.join(request, timeout=seconds, wait_for_ready=True)
+                    joined = stub.join(request, timeout=seconds, wait_for_ready=waits)
                 here.who = f"worker {joined.membership.worker}"
                 client = Client(stub, joined.membership, here, job.exchange.lease_seconds, named, written)
                 code = client.run()
             except Broken:
                 if client.begun:
                     lost, pause = time.monotonic(), _FIRST
-            except UnreachableError:
+            except (UnreachableError, BusyError):
                 pass
             else:
                 return code
@@ -108,6 +113,7 @@ def _work(channel: Any, address: "Address", job: Job, processes: int, seconds: f
             pause = min(_MOST, 2 * pause)
     finally:
         here.close()
+    raise AssertionError("servers never run out")
 
 
 def _compute(parts: "Parts", processes: int) -> "Compute":

@@ -228,13 +228,13 @@ def command(
     return line, {**needs(name, n), **environ}
 
 
-def crew(n: int, argv: Sequence[str], *, together: bool) -> list[str]:
-    """The command line that starts a parameter server with these arguments and ``n`` workers, without MPI.
+def crew(n: int, servers: int, argv: Sequence[str], *, together: bool) -> list[str]:
+    """The command line that starts a parameter server, of two a standby too, and ``n`` workers, without MPI.
 
     ``together``: one worker of ``n`` processes.
     """
     workers, processes = (1, n) if together else (n, 1)
-    return [sys.executable, "-P", "-m", "dptrain.crew", str(workers), str(processes), *argv]
+    return [sys.executable, "-P", "-m", "dptrain.crew", str(workers), str(processes), str(servers), *argv]
 
 
 def needs(name: str, n: int) -> dict[str, str]:

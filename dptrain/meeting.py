@@ -19,7 +19,7 @@ from dptrain.exchange.segments import Machines, Memory, Segments
 from dptrain.exchange.solo import Solo
 from dptrain.job import spec
 from dptrain.layout import Array
-from dptrain.membership import Membership
+from dptrain.membership import Coordinating, Membership
 from dptrain.nn.accumulate import Accumulator
 from dptrain.state import Update
 from dptrain.worker import together
@@ -93,7 +93,8 @@ class Meeting:
 
     def _plain(self, dtype: npt.DTypeLike, rows: int) -> Exchange:
         if self.kind == "ps":
-            from dptrain.exchange.parameter_server.exchange import Chief, ParameterServer
+            from dptrain.exchange.parameter_server.exchange import ParameterServer
+            from dptrain.exchange.parameter_server.pair import Chief
 
             assert isinstance(self.communicator, Chief)
             return ParameterServer(
@@ -151,6 +152,13 @@ class Meeting:
         communicator = self.communicator
         self.membership = Membership(communicator.rank, communicator.size, self.membership.shards)
         self.machines = Machines(communicator.machines(), communicator.rank)
+        if self.kind == "ps":
+            from dptrain.exchange.parameter_server.exchange import ParameterServer
+
+            assert isinstance(self.exchange, ParameterServer)
+            self.membership = Coordinating(communicator.rank, communicator.size, self.membership.shards)
+            self.exchange.lead(self.membership)
+            return self.exchange
         self.exchange = self._segments()
         return self.exchange
 
@@ -160,7 +168,7 @@ class Meeting:
         Where the workers of a machine can't share a board, nobody watches those that can't.
         """
         communicator, here = self.communicator, self.machines.here
-        if communicator.size == 1:
+        if communicator.size == 1 or self.kind == "ps":
             return board.private()
         size, handle, path = board.nbytes(len(here)), -1, ""
         leads = communicator.rank == here[0]

@@ -49,6 +49,14 @@ class Membership:
         return total * rank // self.size, total * (rank + 1) // self.size
 
 
+class Led(Membership):
+    """That of processes of which the chief has all shards."""
+
+    def owned_by(self, rank: int) -> tuple[int, int]:
+        """All, or none."""
+        return (self.shards, self.shards) if rank else (0, self.shards)
+
+
 class Coordinating(Membership):
     """That of one process which adds up what others compute: it has no shards, and no share in other work."""
 

@@ -116,11 +116,18 @@ def run(
             "--exchange", metavar="TYPE", help="The same as --set exchange.type=TYPE. ps: a parameter server, no MPI."
         ),
     ] = None,
+    standby: Annotated[
+        bool, typer.Option("--standby", help="With --exchange ps: a second server, which goes on when the first dies.")
+    ] = False,
 ) -> None:
     """Train a job. Under mpirun this is one worker; with -n it starts mpirun itself; with neither it is alone."""
     from dptrain.cli.run import Request, train
 
-    assignments = (*(sets or ()), *([f"exchange.type={exchange}"] if exchange is not None else []))
+    assignments = (
+        *(sets or ()),
+        *([f"exchange.type={exchange}"] if exchange is not None else []),
+        *(["exchange.standby=true"] if standby else []),
+    )
     asked = Request(job, assignments, n, run_dir, resume, progress.value, trace, max_restarts)
     raise typer.Exit(train(asked, context.obj.place, context.obj.leader))
 
@@ -145,12 +152,16 @@ def param_server(
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE", help="Write where the server's time goes.")
     ] = None,
+    standby: Annotated[bool, typer.Option("--standby", help="Wait for a server that follows this one.")] = False,
+    standby_of: Annotated[
+        str, typer.Option("--standby-of", metavar="ADDR", help="Follow the server there, and go on when it dies.")
+    ] = "",
 ) -> None:
     """Train a job with the workers that join: its parameter server."""
     from dptrain.cli.parameter_server import serve
     from dptrain.cli.run import Request
 
-    serve(Request(job, tuple(sets or ()), None, run_dir, resume, progress.value, trace), listen)
+    serve(Request(job, tuple(sets or ()), None, run_dir, resume, progress.value, trace), listen, standby, standby_of)
 
 
 @app.command(epilog="Example: [bold]dptrain worker --server unix:/tmp/ps.sock[/]")

@@ -110,6 +110,7 @@ MEANINGS = {
     "exchange.lease_seconds": "ps: seconds without a sign of life after which a worker's shards are given to others.",
     "exchange.backup_workers": "ps: how many of the slowest shards of a step are computed twice.",
     "exchange.host_sum": "ps: whether the N of `run -n N` add up in shared memory and send one sum, or each its own.",
+    "exchange.standby": "ps: start a second server with `run`, which goes on within the step when the first dies.",
     "output.runs": "The folder in which runs get their directories.",
     "output.journal_steps": "Steps between lines of journal.jsonl; 0: as often as keeps it small.",
     "output.checkpoint_seconds": "Seconds between checkpoints; 0: none by time.",

@@ -9,7 +9,7 @@ from dptrain.cli.progress import observer
 from dptrain.cli.run import Request, job_path
 
 
-def serve(request: Request, listen: str) -> None:
+def serve(request: Request, listen: str, standby: bool = False, standby_of: str = "") -> None:
     """Train as asked; see :func:`dptrain.serve.serve`. Raises DptrainError."""
     from dptrain.job.load import load_job
     from dptrain.serve import serve
@@ -20,7 +20,8 @@ def serve(request: Request, listen: str) -> None:
     job = load_job(job_path(request.job), request.sets, os.environ)
     place = launch.announced(os.environ)
     by_hand = ["dptrain", "param-server", *request.argv(place=False)[1:], "--listen", listen]
-    shown = observer(request.progress, terminal.width(place), by_hand)
+    mode = "none" if standby_of else request.progress
+    shown = observer(mode, terminal.width(place), by_hand)
 
     def ready(address: str) -> None:
         if not supervised:
@@ -30,11 +31,14 @@ def serve(request: Request, listen: str) -> None:
         serve(
             job,
             listen,
+            standby=standby,
+            standby_of=standby_of,
             ready=ready,
             run_dir=request.run_dir,
             resume=request.resume,
             trace=request.trace,
             observer=shown,
+            successor=lambda: observer(request.progress, terminal.width(place), by_hand),
         )
     finally:
         shown.close()

@@ -82,6 +82,7 @@ def _start(request: Request, width: int | None) -> int:
     assert n is not None
     # A wrong key is told here, once, before anything is started.
     exchange = load_job(job_path(request.job), request.sets, environ).exchange
+    servers = 0 if exchange.type != "ps" else 1 + exchange.standby
     mode = request.progress if request.progress != "auto" else "plain" if width is None else "bar"
     environ["DPTRAIN_PROGRESS"] = mode
     keyless = {
@@ -103,8 +104,8 @@ def _start(request: Request, width: int | None) -> int:
             again = request._replace(resume=True)
         started = True
         said = environ if run_dir is None else keyless
-        if exchange.type == "ps":
-            return Start(launch.crew(n, again.argv()[1:], together=exchange.host_sum), said, 1)
+        if servers:
+            return Start(launch.crew(n, servers, again.argv()[1:], together=exchange.host_sum), said, servers)
         return Start(*launch.command(n, again.argv(), said, live=mode == "bar"), n)
 
     def by_hand(run_dir: Path | None) -> str:

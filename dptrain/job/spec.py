@@ -365,7 +365,8 @@ class Exchange(Spec):
     messages go between machines only. ``segments``: messages everywhere. ``ps``: a parameter server over gRPC, without
     MPI. There a worker that gives no sign of life for ``lease_seconds`` loses its shards to others, and the
     ``backup_workers`` slowest shards of a step are computed twice; with ``host_sum`` the workers that are started
-    together on a machine add up there and send one sum.
+    together on a machine add up there and send one sum. With ``standby`` a second server has every update before it
+    counts, and goes on when the first dies.
     """
 
     type: Literal["auto", "solo", "node", "segments", "allreduce", "ps"] = "auto"
@@ -377,6 +378,7 @@ class Exchange(Spec):
     lease_seconds: Positive = 10.0
     backup_workers: Natural = 0
     host_sum: bool = True
+    standby: bool = False
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

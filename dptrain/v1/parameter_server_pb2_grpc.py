@@ -68,6 +68,11 @@ class ParameterServerServiceStub(object):
                 request_serializer=dptrain_dot_v1_dot_parameter__server__pb2.PullRequest.SerializeToString,
                 response_deserializer=dptrain_dot_v1_dot_parameter__server__pb2.PullResponse.FromString,
                 _registered_method=True)
+        self.Follow = channel.stream_stream(
+                '/dptrain.v1.ParameterServerService/Follow',
+                request_serializer=dptrain_dot_v1_dot_parameter__server__pb2.FollowRequest.SerializeToString,
+                response_deserializer=dptrain_dot_v1_dot_parameter__server__pb2.FollowResponse.FromString,
+                _registered_method=True)
 
 
 class ParameterServerServiceServicer(object):
@@ -119,6 +124,13 @@ class ParameterServerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Follow(self, request_iterator, context):
+        """What a chief and its standby tell each other, in the same order on both sides.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ParameterServerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -151,6 +163,11 @@ def add_ParameterServerServiceServicer_to_server(servicer, server):
                     servicer.Pull,
                     request_deserializer=dptrain_dot_v1_dot_parameter__server__pb2.PullRequest.FromString,
                     response_serializer=dptrain_dot_v1_dot_parameter__server__pb2.PullResponse.SerializeToString,
+            ),
+            'Follow': grpc.stream_stream_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=dptrain_dot_v1_dot_parameter__server__pb2.FollowRequest.FromString,
+                    response_serializer=dptrain_dot_v1_dot_parameter__server__pb2.FollowResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -319,6 +336,33 @@ class ParameterServerService(object):
             '/dptrain.v1.ParameterServerService/Pull',
             dptrain_dot_v1_dot_parameter__server__pb2.PullRequest.SerializeToString,
             dptrain_dot_v1_dot_parameter__server__pb2.PullResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Follow(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dptrain.v1.ParameterServerService/Follow',
+            dptrain_dot_v1_dot_parameter__server__pb2.FollowRequest.SerializeToString,
+            dptrain_dot_v1_dot_parameter__server__pb2.FollowResponse.FromString,
             options,
             channel_credentials,
             insecure,

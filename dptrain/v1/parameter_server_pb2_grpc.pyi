@@ -32,6 +32,8 @@ class ParameterServerServiceStub:
     """Chunks of partials. A lease's last one is answered, and so is each that is not taken."""
     Pull: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.PullRequest, _parameter_server_pb2.PullResponse]
     """Chunks of the weights, from now on as soon as they are committed."""
+    Follow: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.FollowRequest, _parameter_server_pb2.FollowResponse]
+    """What a chief and its standby tell each other, in the same order on both sides."""
 
 class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Workers that compute partials of gradients, and servers that add them up, update the weights and hand them out.
@@ -87,5 +89,13 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _abc.Iterator[_parameter_server_pb2.PullResponse]:
         """Chunks of the weights, from now on as soon as they are committed."""
+
+    @_abc_1.abstractmethod
+    def Follow(
+        self,
+        request_iterator: _abc.Iterator[_parameter_server_pb2.FollowRequest],
+        context: _grpc.ServicerContext,
+    ) -> _abc.Iterator[_parameter_server_pb2.FollowResponse]:
+        """What a chief and its standby tell each other, in the same order on both sides."""
 
 def add_ParameterServerServiceServicer_to_server(servicer: ParameterServerServiceServicer, server: _grpc.Server) -> None: ...

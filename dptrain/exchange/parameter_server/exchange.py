@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dptrain.errors import DeadlineError, PoisonError
-from dptrain.exchange.communicator import Alone
+from dptrain.errors import DeadlineError, PeerFailed, PoisonError, WorkerLost, exit_code
 from dptrain.exchange.parameter_server import leases
 from dptrain.exchange.parameter_server.codec import Written
-from dptrain.exchange.parameter_server.hub import Hub, Member
+from dptrain.exchange.parameter_server.hub import Member
 from dptrain.exchange.parameter_server.intake import Box, Intake
 from dptrain.exchange.parameter_server.leases import Grant, Range
 from dptrain.exchange.parameter_server.outlet import Outlet
+from dptrain.exchange.parameter_server.pair import Chief
 from dptrain.exchange.protocol import Exchange
 from dptrain.exchange.segments import in_place
 from dptrain.exchange.verdict import Ballot, Report, Verdict
 from dptrain.layout import Array
-from dptrain.membership import Membership
+from dptrain.membership import Led, Membership
 from dptrain.nn.accumulate import Partials
 from dptrain.packing import encoding_of
 from dptrain.phases import Phase
@@ -38,14 +38,6 @@ _LOOK = 0.5
 
 _PREPARED = 32
 """Sums over different leases that are kept prepared."""
-
-
-class Chief(Alone):
-    """The communicator of a chief server: it is alone among its like, and its workers are the hub's."""
-
-    def __init__(self, hub: Hub) -> None:
-        super().__init__()
-        self.hub = hub
 
 
 class ParameterServer(Exchange):
@@ -78,26 +70,40 @@ class ParameterServer(Exchange):
         self.doubts: list[str] = []
         """Answers of two workers to the same question that were not the same."""
         self._goal = Node(0, membership.shards)
-        self._prepared: dict[tuple[tuple[int, int, int], ...], tuple[Segment, bool]] = {}
+        self._prepared: dict[tuple[tuple[int, int, int], ...], tuple[Segment, Array]] = {}
         self._published: tuple[int, int] | None = None
         self._question: tuple[Array | None, str] = (None, "")
         self._suspects: dict[int, list[int]] = {}
         self._suspected_at = -1
         self._segment: Segment | None = None
+        self._total: Array = self.outbox[0]
+        self._sum: Array | None = None
 
     @property
     def ballot(self) -> Ballot:
-        """That of one worker which had all shards."""
+        """That of workers of which the chief had all shards."""
         if self._ballot is None:
-            alone = Membership(0, 1, self.membership.shards)
-            self._ballot = Ballot(alone, self.squares_of_workers(), self.update.clip_norm)
+            led = Led(self.membership.rank, self.membership.size, self.membership.shards)
+            self._ballot = Ballot(led, self.squares_of_workers(), self.update.clip_norm)
         return self._ballot
 
     def admit(self, identity: Mapping[str, str]) -> None:
         """See Exchange."""
         number = int(identity["job"].removeprefix("sha256:")[:16], 16)
         self.outlet = Outlet(number, 0, 0, self.update.layout.size)
-        self.hub.admit(identity, self.intake, self.outlet, number)
+        self._admission = identity, self.intake, self.outlet, number
+        if self.leads:
+            self.hub.admit(*self._admission)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the chief, who meets the workers."""
+        return self.membership.rank == 0
+
+    def lead(self, membership: Membership) -> None:
+        """Go on alone: the other server is gone."""
+        self.membership, self._ballot = membership, None
+        self.hub.admit(*self._admission)
 
     @property
     def suspects(self) -> range:
@@ -105,38 +111,65 @@ class ParameterServer(Exchange):
         return range(self.membership.shards)
 
     def squares_of_workers(self) -> Sequence[int]:
-        """All blocks."""
-        return [self.update.blocks]
+        """All blocks are the chief's."""
+        return [self.update.blocks, *[0] * (self.membership.size - 1)]
 
     def collect(self, partials: Partials) -> None:
-        """All partials are here."""
+        """All partials are here; a standby gets their sum."""
+        if self.membership.size == 1:
+            return
+        if self.leads:
+            assert self._segment is not None
+            self._segment.add()
+            self.communicator.broadcast(self._total, "sums")
+            return
+        if self._sum is None:
+            self._sum = np.zeros(self.update.layout.size, self.outbox.dtype)
+            self._followed = self.update.segment(self.store, 0, len(self._sum), self._sum)
+        self.communicator.broadcast(self._sum, "sums")
+        self._segment = self._followed
 
     def squares(self) -> npt.NDArray[np.float64]:
         """Finish the tree."""
         assert self._segment is not None
-        self._segment.add()
+        if not self.leads:
+            return np.zeros(0)
+        if self.membership.size == 1:
+            self._segment.add()
         return self._segment.squares()
 
     def advance(self, state: State, verdict: Verdict) -> bool:
         """Update everything."""
         assert self._segment is not None
-        add = not self.update.clip_norm
+        add = not self.update.clip_norm and self.membership.size == 1
         return self._segment.advance(state, scale=verdict.scale, rows=verdict.rows, add=add)
 
     def swap(self, state: State, partials: Partials, report: Report) -> tuple[State, Verdict]:
         """See Exchange; ``partials`` are none."""
-        self._publish(state)
-        if report.failure:
-            # What the chief's own books say is told as a failed step.
-            return super().swap(state, self._nothing(), report)
-        tallies = self._computed(state)
-        finished = Partials([self._goal], self.outbox, tallies)
-        after, verdict = super().swap(state, finished, report)
-        self._publish(after)
+        failure: BaseException | None = None
+        tallies = np.zeros((1, _TALLIES))
+        if self.leads and not report.failure:
+            self._publish(state)
+            try:
+                tallies = self._computed(state)
+            except BaseException as error:  # a standby must not be left waiting
+                failure, report = error, report._replace(failure=exit_code(error))
+        nodes = [self._goal] if self.leads else []
+        try:
+            after, verdict = super().swap(state, Partials(nodes, self.outbox, tallies[: len(nodes)]), report)
+        except (PeerFailed, WorkerLost):
+            if failure is not None:
+                self.communicator.agreed = True
+                raise failure from None
+            raise
+        if self.leads:
+            self._publish(after)
         return after, verdict
 
     def judging(self, weights: Array, part: str, state: State) -> None:
         """See Exchange."""
+        if not self.leads:
+            return
         best = weights is not state.weights
         if best:
             self.outlet.publish(weights, state.step, best=True)
@@ -149,6 +182,23 @@ class ParameterServer(Exchange):
         self, rows: npt.NDArray[np.float64], total: int, report: Report, step: int, phase: str
     ) -> npt.NDArray[np.float64]:
         """All rows, from the workers; ``rows`` are none."""
+        found, failure = np.zeros((total, rows.shape[1])), None
+        if self.leads:
+            try:
+                found = self._evaluated(rows, total, step, phase)
+            except BaseException as error:  # as above
+                failure = error
+        if self.membership.size > 1:
+            codes = self.communicator.allgather(np.array([float(exit_code(failure) if failure else 0)]), phase)
+            if failure is None and codes.any():
+                raise PeerFailed(0, step, phase, int(codes.max()))
+        if failure is not None:
+            self.communicator.agreed = True
+            raise failure
+        self.communicator.broadcast(found, phase)
+        return found
+
+    def _evaluated(self, rows: npt.NDArray[np.float64], total: int, step: int, phase: str) -> npt.NDArray[np.float64]:
         best, part = self._question
         width = rows.shape[1]
         hub = self.hub
@@ -190,9 +240,6 @@ class ParameterServer(Exchange):
                 }
                 for member in self.hub.all
             ]
-
-    def _nothing(self) -> Partials:
-        return Partials([self._goal], self.outbox, np.zeros((1, _TALLIES)))
 
     def _publish(self, state: State) -> None:
         """Hand out a state's weights, once."""
@@ -250,8 +297,8 @@ class ParameterServer(Exchange):
             _, plan = merged(list(vectors), self._goal)
             pairs, total = in_place(vectors, plan, self._goal)
             segment = self.update.segment(self.store, 0, self.update.layout.size, total, pairs)
-            found = self._prepared[key] = segment, bool(pairs)
-        self._segment = found[0]
+            found = self._prepared[key] = segment, total
+        self._segment, self._total = found
 
     def _answered(
         self,

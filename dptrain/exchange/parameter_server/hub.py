@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain import errors
-from dptrain.errors import ArithmeticMismatch, DataError, DptrainError, LaunchError, WorkerLost
+from dptrain.errors import ArithmeticMismatch, BusyError, DataError, DptrainError, LaunchError, WorkerLost
 from dptrain.exchange.parameter_server.codec import Piece
 from dptrain.exchange.parameter_server.intake import Intake
 from dptrain.exchange.parameter_server.leases import Lease
@@ -73,6 +73,7 @@ class Hub:
         self._epoch = time.time_ns()
         self._lease = 0
         self._closed = False
+        self.stands_by = False
         self.intake: Intake | None = None
         self.outlet: Outlet | None = None
 
@@ -82,6 +83,7 @@ class Hub:
         """Let workers join that agree with ``identity``."""
         with self.changed:
             self._identity, self.intake, self.outlet, self.number = identity, intake, outlet, number
+            self.stands_by = False
             self.changed.notify_all()
 
     def lease(self, member: int, lo: int, hi: int, *, vectors: bool) -> Lease:
@@ -122,6 +124,10 @@ class Hub:
     def join(self, request: pb.JoinRequest, deadline: float) -> pb.JoinResponse:
         """Take a worker in. Raises DptrainError where it would compute something else."""
         with self.changed:
+            if self.stands_by:
+                raise BusyError(
+                    "the parameter server", expected="the chief", found="its standby", cure="join the chief"
+                )
             if not self.changed.wait_for(lambda: self._identity is not None or self._closed, deadline):
                 raise WorkerLost(
                     "the parameter server",

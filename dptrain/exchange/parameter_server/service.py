@@ -2,4 +2,4 @@
 
 SERVICE = "dptrain.v1.ParameterServerService"
 
-METHODS = ("GetJob", "Join", "Leave", "Work", "Push", "Pull")
+METHODS = ("GetJob", "Join", "Leave", "Work", "Push", "Pull", "Follow")

@@ -10,6 +10,7 @@ import grpc
 from dptrain.errors import DptrainError, RefusedError
 from dptrain.exchange.parameter_server.codec import Piece, decode_push
 from dptrain.exchange.parameter_server.hub import Hub
+from dptrain.exchange.parameter_server.pair import Link
 from dptrain.exchange.parameter_server.service import METHODS, SERVICE
 from dptrain.v1 import parameter_server_pb2 as pb
 from dptrain.wire.server import Service
@@ -17,10 +18,10 @@ from dptrain.wire.tokens import Role
 
 
 class Servicer:
-    """The methods. ``join_seconds``: how long a worker that joins waits for a server that is not ready."""
+    """The methods. Who joins waits ``join_seconds`` for a server that is not ready; ``link``: to a standby."""
 
-    def __init__(self, hub: Hub, join_seconds: float) -> None:
-        self._hub, self._join_seconds = hub, join_seconds
+    def __init__(self, hub: Hub, join_seconds: float, link: Link | None = None) -> None:
+        self._hub, self._join_seconds, self._link = hub, join_seconds, link
 
     def service(self) -> Service:
         """What a server serves: all of it is for workers."""
@@ -36,6 +37,7 @@ class Servicer:
             # Chunks are bytes already when they get here.
             "Push": stream(self.push, decode_push, pb.PushResponse.SerializeToString),
             "Pull": stream(self.pull, pb.PullRequest.FromString, None),
+            "Follow": stream(self.follow, pb.FollowRequest.FromString, pb.FollowResponse.SerializeToString),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
@@ -86,6 +88,30 @@ class Servicer:
         listening = self._hub.listen()
         if context.add_callback(listening.stop):
             yield from listening
+
+    def follow(
+        self, requests: Iterator[pb.FollowRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.FollowResponse]:
+        """See the proto."""
+        link = self._link
+        if link is None or link.connected.is_set():
+            raise RefusedError(
+                "a standby",
+                expected="one, of a server that was started with --standby",
+                found="another",
+                cure="end this one",
+            )
+        link.connected.set()
+        if not context.add_callback(link.end):
+            link.end()
+
+        def hear() -> None:
+            with contextlib.suppress(grpc.RpcError, StopIteration, ValueError):
+                link.listen(requests)
+            link.end()
+
+        threading.Thread(target=hear, name="dptrain-standby", daemon=True).start()
+        yield from link
 
 
 def _stranger() -> DptrainError:
