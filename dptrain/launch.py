@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dptrain import supervision
 from dptrain.errors import LaunchError, UsageError
 from dptrain.hosts import Host, agent, listed
 
@@ -249,6 +250,7 @@ def command(
             options += _AMONG_HOSTS
             # Hydra hands all of the environment on, PRRTE what it is told to.
             handed = [variable for variable in said if variable.startswith(_HANDED_ON)]
+            handed += [] if supervision.FOLDER in handed else [supervision.FOLDER]
             options += [word for variable in handed for word in ("-x", variable)]
     # -P: the folder it is started in must not shadow modules.
     line = [mpirun, *options, "-n", str(n), sys.executable, "-P", "-m", "dptrain", *argv]

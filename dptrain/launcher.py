@@ -284,8 +284,14 @@ class _Workers:
             self._poll.unregister(handle)
             os.close(handle)
             del self._living[handle]
-        if not self._opened or not self._living:
+        if not self._opened or not self._left:
             self._until = time.monotonic() + GRACE
+
+    @property
+    def _left(self) -> list[int]:
+        """The ranks of those that live, but for those that a watchdog killed and that don't end."""
+        condemned = {line["rank"] for line in _lines(self._folder / supervision.ENDED)}
+        return [rank for rank in self._living.values() if rank not in condemned]
 
     @property
     def _opened(self) -> bool:
@@ -294,8 +300,9 @@ class _Workers:
     def _stuck(self) -> str:
         if self._begun < self._workers:
             return f"only {self._begun} of {self._workers} workers began, and waited for the others"
-        if not self._living:
-            return "all workers had ended, and mpirun had not"
+        if not self._left:
+            kept = sorted(self._living.values())
+            return f"{_named(kept)} can't be ended" if kept else "all workers had ended, and mpirun had not"
         if not self._opened:
             ranks = [rank for _, ranks in self._ends for rank in ranks]
             return f"{_named(ranks)} ended before training, and the others waited"
