@@ -12,7 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,44 +96,53 @@ def silent(
     until = time.monotonic() + deadline
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".dptrain-seen-") as mark, contextlib.ExitStack() as left:
         line = f"test -e {shlex.quote(mark.name)} || exit {_UNSHARED}"
-        asked = {host.name: left.enter_context(_asked([*reach, host.name, line])) for host in hosts if not host.here}
-        answers = {name: _answer(process, until, deadline, folder) for name, process in asked.items()}
+        asked = {host.name: left.enter_context(_Asked([*reach, host.name, line])) for host in hosts if not host.here}
+        answers = {name: one.answer(until, deadline, folder) for name, one in asked.items()}
     return {name: why for name, why in answers.items() if why}
 
 
-@contextlib.contextmanager
-def _asked(line: Sequence[str]) -> Iterator["subprocess.Popen[bytes]"]:
-    try:
-        process = subprocess.Popen(
-            line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-        )
-    except OSError as error:
-        raise LaunchError(
-            "the launch agent",
-            expected="a program that reaches other hosts",
-            found=f"{line[0]}: {error.strerror}",
-            cure=f"install ssh, or name another by {' or '.join(AGENTS)}",
-        ) from None
-    with process:
+class _Asked:
+    """A host that was asked, by a launch agent that is ended when this is left."""
+
+    def __init__(self, line: Sequence[str]) -> None:
+        # A file, not a pipe: whoever says much must not wait for its turn to be heard.
+        self._said = tempfile.TemporaryFile()
         try:
-            yield process
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            self._process = subprocess.Popen(
+                line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._said, start_new_session=True
+            )
+        except OSError as error:
+            self._said.close()
+            raise LaunchError(
+                "the launch agent",
+                expected="a program that reaches other hosts",
+                found=f"{line[0]}: {error.strerror}",
+                cure=f"install ssh, or name another by {' or '.join(AGENTS)}",
+            ) from None
 
+    def __enter__(self) -> "_Asked":
+        return self
 
-def _answer(process: "subprocess.Popen[bytes]", until: float, deadline: float, folder: Path) -> str:
-    """Why a host can't be used; "" where it can."""
-    try:
-        _, said = process.communicate(timeout=max(0.0, until - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return f"no answer within {deadline:g} s"
-    if process.returncode == _UNSHARED:
-        return f"it doesn't see {folder}, which all hosts must share"
-    if process.returncode:
-        lines = said.decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), f"code {process.returncode}")
-    return ""
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._said.close()
+
+    def answer(self, until: float, deadline: float, folder: Path) -> str:
+        """Why the host can't be used; "" where it can."""
+        try:
+            # Where that time is over, what was answered before still counts.
+            code = self._process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return f"no answer within {deadline:g} s"
+        if code == _UNSHARED:
+            return f"it doesn't see {folder}, which all hosts must share"
+        if code:
+            self._said.seek(0)
+            lines = self._said.read().decode(errors="replace").split("\n")
+            return next((line.strip() for line in reversed(lines) if line.strip()), f"code {code}")
+        return ""
 
 
 def share(n: int, hosts: Sequence[Host]) -> int:
