@@ -106,7 +106,7 @@ class _Asked:
 
     def __init__(self, line: Sequence[str]) -> None:
         # A file, not a pipe: whoever says much must not wait for its turn to be heard.
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._said, start_new_session=True

@@ -15,7 +15,7 @@ from tests.faults.process import PHASES, strike
 
 KIND = "series"
 
-STEPS = 480
+STEPS = 640
 """Of the job, whose end must not come before the last death."""
 
 WORKERS = (6, 7, 8)
@@ -45,8 +45,10 @@ def kill(folder: Path, *, seed: int) -> Outcome:
         pace(live, rng.randrange(2, 8))
         usual = usual_step(live)
         died = strike(live, rng, phases[len(struck) % len(phases)], "one" if len(live.living) > 1 else "all")
+        if not died.phase:
+            break
         went_on = _goes_on(live)
-        struck.append((died.phase or "over", max(0.0, time.perf_counter() - died.at - usual) if went_on else None))
+        struck.append((died.phase, max(0.0, time.perf_counter() - died.at - usual) if went_on else None))
         if not went_on:
             break
     ended = place.ended(command, 180)
