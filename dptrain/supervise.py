@@ -26,6 +26,7 @@ def supervise(
     by_hand: Callable[[Path | None], str],
     tell: Callable[[str], None],
     max_restarts: int = MAX_RESTARTS,
+    shared: Path | None = None,
 ) -> int:
     """Run a job to its end, whatever becomes of its launchers, and return the exit code.
 
@@ -33,9 +34,9 @@ def supervise(
     that, ``tell`` shows a line to a person. The code is 0 where there is a result, that of the error which failed the
     job, or after a request to stop the launcher's (128 + N where signal N ended it). Raises WorkerLost after
     ``max_restarts`` restarts in a row that brought no newer checkpoint, or two launches that did not begin to train.
-    For requests to stop see :class:`dptrain.launcher.Launcher`.
+    For requests to stop, and ``shared``, see :class:`dptrain.launcher.Launcher`.
     """
-    return _Supervisor(start, by_hand, tell, max_restarts).run()
+    return _Supervisor(start, by_hand, tell, max_restarts, shared).run()
 
 
 class _Supervisor:
@@ -45,16 +46,17 @@ class _Supervisor:
         by_hand: Callable[[Path | None], str],
         tell: Callable[[str], None],
         max_restarts: int,
+        shared: Path | None,
     ) -> None:
         self.start, self.by_hand, self.tell = start, by_hand, tell
-        self.max_restarts = max_restarts
+        self.max_restarts, self.shared = max_restarts, shared
         self.run_dir: Path | None = None
         self.reached = 0
         self.causes: list[str] = []
         self.unopened = 0
 
     def run(self) -> int:
-        with Launcher(self.tell) as launcher:
+        with Launcher(self.tell, self.shared) as launcher:
             while True:
                 outcome = launcher.launch(self.start(self.run_dir))
                 if outcome.succeeded:

@@ -17,8 +17,9 @@ from typing import Any
 FOLDER = "DPTRAIN_SUPERVISED"
 """The environment's name for the folder."""
 
-RUN, FAILURE, ENDED = "run.json", "failure.json", "ended.jsonl"
-"""Of the folder: where the run is kept, the error that failed the job, and the workers that a watchdog ended."""
+RUN, FAILURE, ENDED, LOST = "run.json", "failure.json", "ended.jsonl", "lost.json"
+"""Of the folder: where the run is kept, the error that failed the job, the workers that a watchdog ended, and why a
+worker waits for the others no more."""
 
 SUPERVISOR = "supervisor"
 """Of the folder: the supervisor's process id, in a file that is locked for as long as it lives."""
@@ -43,6 +44,11 @@ def opened(run_dir: str | os.PathLike[str], attempt: int, step: int) -> None:
 def failed(code: int, error: str) -> None:
     """The job failed of an error, which all workers leave with: it is no fault, and starting again would not help."""
     _tell(FAILURE, {"code": code, "error": error})
+
+
+def lost(error: str) -> None:
+    """A worker leaves because others are lost, which is a fault: its launcher may wait for them for ever."""
+    _tell(LOST, {"error": error})
 
 
 def ended(rank: int, host: str, pid: int, step: int, phase: str, why: str) -> None:

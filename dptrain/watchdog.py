@@ -4,7 +4,8 @@ It looks at the board that the workers' own loops write to (no thread beats for 
 waits for others counts its polls there, so one that gives no sign of life for its deadline is not waiting: it is
 stuck, or stopped, and is ended by SIGKILL; the others survive that as any death. The deadline is ``hang_seconds`` or
 ten times the usual step, whichever is more; before the first step is done, and while it evaluates or writes, a worker
-has ``patience``, unless it is stopped. Where all are stopped somebody paused the job, and nobody is ended.
+has ``patience``, unless it is stopped. Where all workers of a job are stopped somebody paused it, and nobody is ended.
+Where others are on other machines they wait for those, paused or not.
 """
 
 import contextlib
@@ -64,11 +65,11 @@ class Watched:
 
 
 class Watchdog:
-    """Looks at all cells every ``interval`` seconds, and ends who hangs."""
+    """Looks at all cells every ``interval`` seconds, and ends who hangs. ``whole``: they are all of the job."""
 
-    def __init__(self, cells: Sequence[Cell], hang_seconds: float, patience: float) -> None:
+    def __init__(self, cells: Sequence[Cell], hang_seconds: float, patience: float, whole: bool = True) -> None:
         self.workers = [Watched(cell) for cell in cells[1:]]
-        self.hang_seconds, self.patience = hang_seconds, patience
+        self.hang_seconds, self.patience, self.whole = hang_seconds, patience, whole
         self.interval = min(0.25, hang_seconds / 20)
 
     def run(self) -> None:
@@ -89,7 +90,7 @@ class Watchdog:
         """Take notice of all, and end those that hang."""
         living = self.living()
         states = [found.state if (found := process(worker.cell[PID])) else "X" for worker in living]
-        paused = all(state in "Tt" for state in states)
+        paused = self.whole and all(state in "Tt" for state in states)
         for worker, state in zip(living, states, strict=True):
             worker.look(elapsed)
             if paused or state == "t":
@@ -123,15 +124,15 @@ def _kill(cell: Cell) -> None:
             os.kill(cell[PID], signal.SIGKILL)
 
 
-def main(handle: int, workers: int, hang_seconds: float, patience: float) -> None:
+def main(handle: int, workers: int, hang_seconds: float, patience: float, whole: bool) -> None:
     """Watch the workers of the board in an open file until they have ended."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         # These ask the workers to stop, and may come to their whole process group.
         signal.signal(number, signal.SIG_IGN)
     cells = board.mapped(handle, workers)
     cells[0][WATCHDOG] = os.getpid()
-    Watchdog(cells, hang_seconds, patience).run()
+    Watchdog(cells, hang_seconds, patience, whole).run()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]), sys.argv[5] == "1")

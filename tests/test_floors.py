@@ -33,7 +33,7 @@ FLOORS = [
     {"worker", "watch", "chronicle", "assemble", "beginning", "parts", "trace", "meeting", "recovery", "watchdog"}
     | {"corruption"},
     {"companion", "training", "origin", "result", "plan", "launch", "ranks", "api", "launcher", "scratch", "supervise"}
-    | {"serve", "joined", "crew"},
+    | {"serve", "joined", "crew", "hosts"},
     {"cli"},
 ]
 PACKAGES = {"job", "data", "nn", "optim"}

@@ -174,6 +174,15 @@ def test_where_all_are_stopped_somebody_paused_the_job(workers: Workers) -> None
     assert workers.living == [0, 1]
 
 
+def test_where_others_are_elsewhere_all_of_a_machine_may_hang(workers: Workers) -> None:
+    made = dog(workers)
+    made.whole = False
+    for rank in range(3):
+        workers.stop(rank)
+    look(made, HANG + 1)
+    assert workers.living == []
+
+
 def test_another_process_of_the_same_number_is_left_alone(workers: Workers) -> None:
     made = dog(workers)
     workers.own[1][BORN] -= 1

@@ -86,6 +86,14 @@ def run(
         int | None,
         typer.Option("-n", metavar="N", help="Start N workers on this machine. Default: this process alone."),
     ] = None,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option(
+            "--hostfile",
+            metavar="FILE",
+            help="Start them on these hosts, each a line: `host slots=N` or `host:N`. -n is all slots by default.",
+        ),
+    ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. Default: a new one in runs/."),
@@ -128,7 +136,7 @@ def run(
         *([f"exchange.type={exchange}"] if exchange is not None else []),
         *(["exchange.standby=true"] if standby else []),
     )
-    asked = Request(job, assignments, n, run_dir, resume, progress.value, trace, max_restarts)
+    asked = Request(job, assignments, n, run_dir, resume, progress.value, trace, max_restarts, hostfile)
     raise typer.Exit(train(asked, context.obj.place, context.obj.leader))
 
 

@@ -4,13 +4,15 @@ import contextlib
 import os
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dptrain import launch
 from dptrain.cli import terminal
 from dptrain.cli.progress import Mode, observer
-from dptrain.errors import UsageError
+from dptrain.errors import LaunchError, UsageError
+from dptrain.hosts import Host, read, share, silent
 
 
 class Request(NamedTuple):
@@ -24,6 +26,7 @@ class Request(NamedTuple):
     progress: Mode = "auto"
     trace: Path | None = None
     max_restarts: int | None = None
+    hostfile: Path | None = None
 
     def argv(self, place: bool = True) -> list[str]:
         """The arguments that ask a worker for the same again; ``place`` False leaves out what this run wrote."""
@@ -39,6 +42,9 @@ class Request(NamedTuple):
 
 def train(request: Request, place: launch.Announced, leader: Any) -> int:
     """Train as asked and return the exit code. Raises DptrainError."""
+    hosts: tuple[Host, ...] = ()
+    if request.hostfile is not None:
+        request, hosts = _placed(request, place)
     if request.n is not None:
         launch.refuse_count(request.n, place)
     if request.max_restarts is not None and (request.n is None or place.rank is not None):
@@ -49,10 +55,10 @@ def train(request: Request, place: launch.Announced, leader: Any) -> int:
             cure="say `dptrain run -n N`, or leave it out and go on with --resume",
         )
     width = terminal.width(place)
-    if request.n is not None and request.n > 1 and place.alone:
-        return _start(request, width)
+    if request.n is not None and (request.n > 1 or hosts) and place.alone:
+        return _start(request, width, hosts)
     if place.rank is None and _wants_server(request):
-        return _start(request._replace(n=request.n or 1), width)
+        return _start(request._replace(n=request.n or 1), width, hosts)
     if place.rank is None and request.n is None:
         launch.refuse_batch_shell(os.environ)
     from dptrain.job.load import load_job
@@ -73,7 +79,41 @@ def train(request: Request, place: launch.Announced, leader: Any) -> int:
     return 0
 
 
-def _start(request: Request, width: int | None) -> int:
+def _placed(request: Request, place: launch.Announced) -> tuple[Request, tuple[Host, ...]]:
+    """The request with a number of workers, and the hosts that are to have them. Raises UsageError."""
+    assert request.hostfile is not None
+    if place.rank is not None:
+        raise UsageError(
+            "--hostfile", expected="no launcher", found=place.launcher, cure="give the hosts to that launcher"
+        )
+    hosts = read(request.hostfile)
+    slots = sum(host.slots for host in hosts)
+    if request.n is not None and request.n > slots:
+        raise UsageError(
+            "-n", expected=f"at most {slots}, the slots in {request.hostfile}", found=str(request.n), cure="add slots"
+        )
+    return request._replace(n=slots if request.n is None else request.n), hosts
+
+
+def _answering(
+    hosts: tuple[Host, ...], environ: Mapping[str, str], first: bool, tell: Callable[[str], None]
+) -> list[Host]:
+    """The hosts that can have workers: at first all must, after a fault those that are left. Raises LaunchError."""
+    wrong = silent(hosts, environ, Path.cwd())
+    left = [host for host in hosts if host.name not in wrong]
+    if wrong and (first or not left):
+        raise LaunchError(
+            "; ".join(f"host {name}" for name in wrong),
+            expected="an answer by the launch agent",
+            found="; ".join(wrong.values()),
+            cure="see whether it is up, its name is right, and it can be logged in to without a password",
+        )
+    for name, why in wrong.items():
+        tell(f"host {name} is left out: {why}")
+    return left
+
+
+def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
     from dptrain.job.load import NOT_KEYS, load_job
     from dptrain.launcher import Start
     from dptrain.supervise import MAX_RESTARTS, supervise
@@ -83,6 +123,13 @@ def _start(request: Request, width: int | None) -> int:
     # A wrong key is told here, once, before anything is started.
     exchange = load_job(job_path(request.job), request.sets, environ).exchange
     servers = 0 if exchange.type != "ps" else 1 + exchange.standby
+    if servers and hosts:
+        raise UsageError(
+            "--hostfile",
+            expected="an exchange over MPI",
+            found='exchange.type = "ps", which no launch agent starts',
+            cure="start `dptrain param-server` and, on each host, `dptrain worker --server ADDRESS`",
+        )
     mode = request.progress if request.progress != "auto" else "plain" if width is None else "bar"
     environ["DPTRAIN_PROGRESS"] = mode
     keyless = {
@@ -102,15 +149,22 @@ def _start(request: Request, width: int | None) -> int:
         elif started and ours:
             # What is in there by now is this run's, whether or not a worker lived to say so.
             again = request._replace(resume=True)
-        started = True
+        first, started = not started, True
         said = environ if run_dir is None else keyless
         if servers:
             return Start(launch.crew(n, servers, again.argv()[1:], together=exchange.host_sum), said, servers)
-        return Start(*launch.command(n, again.argv(), said, live=mode == "bar"), n)
+        if not hosts:
+            return Start(*launch.command(n, again.argv(), said, live=mode == "bar"), n)
+        left = _answering(hosts, environ, first, tell)
+        workers = share(n, left)
+        if workers < n:
+            tell(f"going on with {workers} of {n} workers")
+        return Start(*launch.command(workers, again.argv(), said, live=mode == "bar", hosts=left), workers, far=True)
 
     def by_hand(run_dir: Path | None) -> str:
         again = request if run_dir is None else request._replace(run_dir=run_dir, resume=True)
-        return shlex.join(["dptrain", *again.argv(), "-n", str(n)])
+        where = [] if request.hostfile is None else ["--hostfile", str(request.hostfile)]
+        return shlex.join(["dptrain", *again.argv(), "-n", str(n), *where])
 
     def tell(text: str) -> None:
         if mode == "bar":
@@ -120,7 +174,7 @@ def _start(request: Request, width: int | None) -> int:
     restarts = MAX_RESTARTS if request.max_restarts is None else request.max_restarts
     code = 1
     try:
-        code = supervise(start, by_hand, tell, restarts)
+        code = supervise(start, by_hand, tell, restarts, Path.cwd() if hosts else None)
     finally:
         if code and mode == "bar":
             _mend_terminal()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.faults.fault import Fault, Outcome, Tally, mixed, perform
 
-WEIGHTS = {"process": 4, "hang": 2, "storage": 3, "data": 1}
+WEIGHTS = {"process": 4, "series": 2, "hang": 2, "network": 1, "storage": 3, "data": 1}
 """The kinds, each a module of this package with ``faults(seed)``, and how often each comes."""
 
 FARTHEST = 100_000
@@ -48,14 +48,15 @@ def recorded(paths: Sequence[Path]) -> Tally:
         for line in path.read_text().splitlines():
             entry = json.loads(line)
             fault = Fault(entry.pop("kind"), entry.pop("name"), lambda folder: Outcome("no verdict"))
-            tally.add(fault, Outcome(**entry))
+            strikes = tuple((phase, seconds) for phase, seconds in entry.pop("more"))
+            tally.add(fault, Outcome(**entry, more=strikes))
     return tally
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run faults, tell of each that ended badly at once, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--runs", type=int, default=100, help="how many faults (default 100)")
+    parser.add_argument("--runs", type=int, default=100, help="how many runs with faults (default 100)")
     parser.add_argument("--seed", type=int, help="which ones (default: drawn, and told)")
     parser.add_argument("--kinds", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS), metavar="KIND")
     parser.add_argument("--name", default="", help="only the fault of this name")
@@ -95,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     file.write(json.dumps(entry) + "\n")
             if asked.verbose or not outcome.good:
                 seconds = time.monotonic() - started
-                print(f"{outcome.verdict}: {fault.kind}: {fault.name} [{outcome.phase}] {seconds:.1f} s", flush=True)
+                phases = ", ".join((outcome.phase, *(phase for phase, _ in outcome.more)))
+                print(f"{outcome.verdict}: {fault.kind}: {fault.name} [{phases}] {seconds:.1f} s", flush=True)
             if not outcome.good:
                 again = ["python", "-m", "tests.faults", "--kinds", fault.kind, "--seed", str(seed)]
                 print(f"  again: {shlex.join([*again, '--name', fault.name])}")
@@ -109,7 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if not (asked.keep and tally.bad):
             shutil.rmtree(work, ignore_errors=True)
-    print(f"\n{tally.table()}\n\nseed {seed}: {done} faults, {tally.bad} bad, {time.monotonic() - began:.0f} s")
+    print(f"\n{tally.table()}\n")
+    seconds = time.monotonic() - began
+    print(f"seed {seed}: {done} runs, {tally.strikes} faults, {tally.bad} bad, {seconds:.0f} s")
     if asked.name and not done:
         print(f"no fault is called {asked.name!r}", file=sys.stderr)
     return 1 if tally.bad or not done else 0

@@ -5,7 +5,7 @@ import random
 import statistics
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 GOOD = ("survived", "restarted", "refused")
@@ -15,12 +15,16 @@ BAD = ("hung", "wrong hash", "wrong error", "wrong code", "leftover", "no verdic
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a fault. ``note`` is enough to understand it, ``phase`` where the fault struck."""
+    """What became of a fault. ``note`` is enough to understand it, ``phase`` where the fault struck.
+
+    ``more`` are further strikes at the same run, each with its phase and the seconds until it was recovered from.
+    """
 
     verdict: str
     phase: str = ""
     recovery_seconds: float | None = None
     note: str = ""
+    more: tuple[tuple[str, float | None], ...] = ()
 
     def __post_init__(self) -> None:
         assert self.verdict in GOOD + BAD, self.verdict
@@ -74,8 +78,16 @@ class Tally:
     outcomes: dict[tuple[str, str], list[Outcome]] = field(default_factory=dict)
 
     def add(self, fault: Fault, outcome: Outcome) -> None:
-        """Count one."""
-        self.outcomes.setdefault((fault.kind, outcome.phase), []).append(outcome)
+        """Count one, and each of its strikes: a run's verdict is that of all that struck it."""
+        strikes = ((outcome.phase, outcome.recovery_seconds), *outcome.more)
+        for phase, seconds in strikes:
+            one = replace(outcome, phase=phase, recovery_seconds=seconds, more=())
+            self.outcomes.setdefault((fault.kind, phase), []).append(one)
+
+    @property
+    def strikes(self) -> int:
+        """How many were counted."""
+        return sum(map(len, self.outcomes.values()))
 
     @property
     def bad(self) -> int:

@@ -14,6 +14,10 @@ class FaultJob:
     text: str
     steps: int = STEPS
 
+    def of(self, steps: int) -> "FaultJob":
+        """The same job, so many steps long."""
+        return FaultJob(self.name, self.text.replace(f"\nsteps = {self.steps}\n", f"\nsteps = {steps}\n"), steps)
+
 
 def _text(name: str, layers: str, shards: int, more: str = "") -> str:
     return f"""

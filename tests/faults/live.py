@@ -15,6 +15,10 @@ TRIES = 60
 """Looks at a phase that is over before the signal comes, until whatever phase it is will do."""
 
 
+_GLANCE = 0.02
+"""Seconds between looks for a job that begins: this process must not take the cores from it."""
+
+
 class Job:
     """The workers of one machine, of a job that trains. None of them is this process's child."""
 
@@ -71,12 +75,14 @@ def signalled(cell: Cell, number: signal.Signals) -> bool:
     return True
 
 
-def until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether a condition came true within a time; looked at all the time, as phases are short."""
+def until(condition: Callable[[], bool], seconds: float, nap: float = 0.0) -> bool:
+    """Whether a condition came true within a time; looked at all the time, as phases are short, or between naps."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
+        if nap:
+            time.sleep(nap)
     return True
 
 
@@ -96,13 +102,14 @@ def joined(place: Surroundings, workers: int, running: Callable[[], bool]) -> Jo
         job = Job.among(place.processes(), workers)
         if job is not None:
             return job
+        time.sleep(_GLANCE)
     return None
 
 
 def pace(job: Job, steps: int) -> None:
     """Let it train so many steps more, or to its end."""
     goal = job.step + steps
-    until(lambda: job.step >= goal or not job.living, 60)
+    until(lambda: job.step >= goal or not job.living, 60, nap=0.001)
 
 
 def usual_step(job: Job) -> float:

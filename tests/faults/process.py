@@ -62,7 +62,7 @@ def kill(folder: Path, *, seed: int, phase: Phase, how_many: str) -> Outcome:
     if live is not None:
         pace(live, rng.randrange(2, job.steps // 2))
         usual = usual_step(live)
-        died = _kill(live, rng, phase, how_many)
+        died = strike(live, rng, phase, how_many)
         struck = died.phase or "over"
         before = max((cell[STEP] for cell in live.cells), default=0)
         if until(lambda: live.step > before or not live.living, 10) and live.living:
@@ -79,7 +79,8 @@ class Died:
         self.at = time.perf_counter()
 
 
-def _kill(live: Job, rng: random.Random, phase: Phase, how_many: str) -> Died:
+def strike(live: Job, rng: random.Random, phase: Phase, how_many: str) -> Died:
+    """Kill workers, the first of them in that phase if it can be had."""
     cells = live.living
     most = len(cells) - 1
     count = {"one": 1, "several": rng.randint(1, max(1, most)), "all but one": most, "all": len(cells)}[how_many]

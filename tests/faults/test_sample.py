@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dptrain.launch import library
-from tests.faults import data, hang, process, storage
+from tests.faults import data, hang, network, process, series, storage
 from tests.faults.fault import Fault, perform
 
 SEED = 4
@@ -16,9 +16,11 @@ KINDS = {
     "storage": (storage.faults, 20),
     "data": (data.faults, 12),
     "process": (process.faults, 11 if SURVIVES else 2),
+    "series": (series.faults, 1 if SURVIVES else 0),
     "hang": (hang.faults, 3 if SURVIVES else 1),
+    "network": (network.faults, len(network.WHAT) if SURVIVES else 1),
 }
-"""So many of each kind as take about two minutes together; where deaths are not survived, each is a restart."""
+"""So many of each kind as take some three minutes together; where deaths are not survived, each is a restart."""
 
 
 @functools.cache
@@ -29,6 +31,8 @@ def sample(kind: str) -> list[Fault]:
 
 @pytest.mark.parametrize(("kind", "number"), [(kind, i) for kind, (_, count) in KINDS.items() for i in range(count)])
 def test_a_fault_ends_as_it_should(kind: str, number: int, tmp_path: Path) -> None:
+    if kind == "network" and network.missing():
+        pytest.skip(network.missing())
     fault = sample(kind)[number]
     outcome = perform(fault, tmp_path / "fault")
     assert outcome.good, f"{outcome.verdict}: {fault.name} [{outcome.phase}]: {outcome.note}"
