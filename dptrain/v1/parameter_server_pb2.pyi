@@ -95,7 +95,7 @@ class Membership(_message.Message):
     job: _builtins.int
     """The first eight bytes of the job's SHA-256."""
     epoch: _builtins.int
-    """The number of the worker's admission. A worker that was taken for dead has to join again."""
+    """Of the worker's admission, not to be guessed. A worker that was taken for dead has to join again."""
     worker: _builtins.int
     """The worker's number, given when it joined. 0 is nobody."""
     def __init__(

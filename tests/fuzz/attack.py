@@ -71,7 +71,7 @@ def attack(live: Live, seed: int, calls: int) -> Tally:
             tally.messages += count
             tally.parsed += sum(fit)
             tally.answers[method.path.rpartition("/")[2], code.name] += 1
-            tally.reached += fit[0]
+            tally.reached += fit[0] and code is not grpc.StatusCode.RESOURCE_EXHAUSTED
             if code in GONE or code in BUGS:
                 tally.bad.append(f"seed {seed} call {number}: {method.path} {code.name} {said}: {sent[0][:200]!r}")
     return tally

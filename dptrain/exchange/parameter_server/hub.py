@@ -2,6 +2,7 @@
 
 import json
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +71,6 @@ class Hub:
         self.losses: list[tuple[Member, str]] = []
         """Who is gone since the exchange looked last, and how."""
         self._identity: Mapping[str, str] | None = None
-        self._epoch = time.time_ns()
         self._lease = 0
         self._closed = False
         self.stands_by = False
@@ -141,8 +141,9 @@ class Hub:
                 )
             assert self._identity is not None
             self._compare(request, self._identity)
-            self._epoch += 1
-            member = Member(len(self.all) + 1, self._epoch, request.host, self.step, heard=time.monotonic())
+            # Not to be guessed: it is what tells a member from whoever else may call.
+            epoch = secrets.randbits(63)
+            member = Member(len(self.all) + 1, epoch, request.host, self.step, heard=time.monotonic())
             member.processes = max(1, request.processes)
             self.all.append(member)
             self.members[member.number] = member
@@ -226,14 +227,15 @@ class Hub:
         open_ = self.open.get(answer.lease)
         if open_ is None or open_.lease.member != member.number or len(answer.tallies) % (8 * TALLIES):
             return
-        if open_.rows is None:
-            shards = open_.lease.hi - open_.lease.lo
-            member.shards_computed += shards
-            member.compute_seconds += answer.compute_seconds
-            member.wait_seconds += answer.wait_seconds
-            member.peak_memory_bytes = answer.peak_memory_bytes
-            member.figures = answer.processes
-            member.seconds_a_shard = answer.compute_seconds / shards
+        if open_.rows is not None:  # said before: the first word counts
+            return
+        shards = open_.lease.hi - open_.lease.lo
+        member.shards_computed += shards
+        member.compute_seconds += answer.compute_seconds
+        member.wait_seconds += answer.wait_seconds
+        member.peak_memory_bytes = answer.peak_memory_bytes
+        member.figures = answer.processes
+        member.seconds_a_shard = answer.compute_seconds / shards
         open_.rows = np.frombuffer(answer.tallies, "<f8").reshape(-1, TALLIES)
         if open_.whole:
             self.changed.notify_all()

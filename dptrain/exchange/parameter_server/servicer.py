@@ -1,6 +1,5 @@
 """The methods of a parameter server: from gRPC to its hub, and nothing else. One thread for each stream."""
 
-import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +8,7 @@ import grpc
 
 from dptrain.errors import DptrainError, RefusedError
 from dptrain.exchange.parameter_server.codec import Piece, decode_push
-from dptrain.exchange.parameter_server.hub import Hub
+from dptrain.exchange.parameter_server.hub import Hub, Member
 from dptrain.exchange.parameter_server.pair import Link
 from dptrain.exchange.parameter_server.service import METHODS, SERVICE
 from dptrain.v1 import parameter_server_pb2 as pb
@@ -57,18 +56,22 @@ class Servicer:
     def work(self, requests: Iterator[pb.WorkRequest], context: grpc.ServicerContext) -> Iterator[pb.WorkResponse]:
         """See the proto."""
         hub = self._hub
-        member = hub.member(next(requests).membership)
+        member = self._first(requests)
         if member is None or member.working:
             raise _stranger()
         if not context.add_callback(lambda: hub.vanish(member)):
             hub.vanish(member)
 
         def hear() -> None:
-            # The stream's end, however it comes about, is told to the callback.
-            with contextlib.suppress(grpc.RpcError, StopIteration, ValueError):
+            # The stream's end, however it comes about, is told to the callback; what is no message ends it here.
+            try:
                 for request in requests:
                     if not hub.hear(request):
                         break
+            except (grpc.RpcError, StopIteration, ValueError):
+                pass
+            except DptrainError:
+                hub.vanish(member)
 
         listener = threading.Thread(target=hear, name=f"dptrain-hear-{member.number}", daemon=True)
         listener.start()
@@ -83,7 +86,7 @@ class Servicer:
 
     def pull(self, requests: Iterator[pb.PullRequest], context: grpc.ServicerContext) -> Iterator[bytes]:
         """See the proto."""
-        if self._hub.member(next(requests).membership) is None:
+        if self._first(requests) is None:
             raise _stranger()
         listening = self._hub.listen()
         if context.add_callback(listening.stop):
@@ -112,6 +115,12 @@ class Servicer:
 
         threading.Thread(target=hear, name="dptrain-standby", daemon=True).start()
         yield from link
+
+    def _first(self, requests: Iterator[pb.WorkRequest] | Iterator[pb.PullRequest]) -> Member | None:
+        """Whom a stream's first message is of; None where that is nobody, or there is no message."""
+        for request in requests:
+            return self._hub.member(request.membership)
+        return None
 
 
 def _stranger() -> DptrainError:

@@ -1,0 +1,231 @@
+"""What a parameter server may be sent in the middle of a run. None of it ends the run or moves a bit."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from dptrain.exchange.parameter_server.client import Client
+from dptrain.exchange.parameter_server.codec import encode
+from dptrain.exchange.parameter_server.service import METHODS, SERVICE
+from dptrain.nn.accumulate import Partials
+from dptrain.v1 import parameter_server_pb2 as pb
+from dptrain.wire.address import parse
+from dptrain.wire.channel import connect
+from dptrain.wire.security import Calling, Serving
+from dptrain.wire.tokens import Role, TokenFile, fresh
+from tests.exchange.parameter_server.running import Cluster
+from tests.exchange.parameter_server.test_run import job
+
+Spoil = Callable[[pb.PushRequest], bytes]
+
+
+def _changed(**fields: Any) -> Spoil:
+    def spoil(chunk: pb.PushRequest) -> bytes:
+        for name, value in fields.items():
+            setattr(chunk.place, name, value)
+        return chunk.SerializeToString()
+
+    return spoil
+
+
+def _of(**fields: Any) -> Spoil:
+    def spoil(chunk: pb.PushRequest) -> bytes:
+        for name, value in fields.items():
+            setattr(chunk.place.membership, name, value)
+        return chunk.SerializeToString()
+
+    return spoil
+
+
+def _data(make: Callable[[bytes], bytes], *, summed: bool = True) -> Spoil:
+    """Other bytes; where ``summed``, with a checksum that is theirs."""
+
+    def spoil(chunk: pb.PushRequest) -> bytes:
+        data = make(chunk.data)
+        if not summed:
+            chunk.data = data
+            return chunk.SerializeToString()
+        return encode(chunk.place, np.frombuffer(data, np.uint8))
+
+    return spoil
+
+
+SPOILT: dict[str, Spoil] = {
+    "too short": _data(lambda data: data[:-4]),
+    "no whole element": _data(lambda data: data[:-1]),
+    "too long": _data(lambda data: data + bytes(4)),
+    "empty": _data(lambda data: b""),
+    "a flipped bit": _data(lambda data: bytes([data[0] ^ 1]) + data[1:], summed=False),
+    "a wrong checksum": _changed(checksum=1),
+    "beside its place": _changed(offset=1),
+    "behind the end": _changed(offset=1 << 60),
+    "another vector": _changed(total=7),
+    "another segment": _changed(segment=9),
+    "no node": _changed(lo=1, hi=1),
+    "another node": _changed(lo=0, hi=4096),
+    "an unknown encoding": _changed(encoding=99),
+    "no encoding": _changed(encoding=0),
+    "a step that is over": _changed(step=(1 << 64) - 1),
+    "a lease of nobody": _changed(lease=1 << 63),
+    "another job": _of(job=1),
+    "an older membership": _of(epoch=1),
+    "nobody": _of(worker=0),
+    "NaN, of somebody else": lambda chunk: _data(lambda data: b"\xff" * len(data))(
+        pb.PushRequest.FromString(_of(worker=99)(chunk))
+    ),
+}
+
+
+class Hostile(Client):
+    """Sends, before every chunk of its own, what it should not; and each of its own twice, the last one first."""
+
+    spoilt: tuple[Spoil, ...] = tuple(SPOILT.values())
+
+    def _push(self, task: pb.Compute, partials: Partials) -> None:
+        held: list[Any] = []
+        put, queue = self._chunks.queue.put, self._chunks.queue
+
+        class Held:
+            def put(self, message: Any) -> None:
+                held.append(message)
+
+        self._chunks.queue = Held()  # type: ignore[assignment]
+        try:
+            super()._push(task, partials)
+        finally:
+            self._chunks.queue = queue
+        ready = [message() for message in held]
+        for number, message in enumerate(reversed(ready)):
+            spoil = self.spoilt[(task.lease + number) % len(self.spoilt)]
+            put(spoil(pb.PushRequest.FromString(message)))
+            put(message)
+            put(message)
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_spoilt_chunk_changes_nothing(
+    name: str,
+    solo: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the right one, and the right ones reordered and each sent twice."""
+    one = type("One", (Hostile,), {"spoilt": (SPOILT[name],)})
+    monkeypatch.setattr("dptrain.exchange.parameter_server.client.Client", one)
+    cluster = Cluster(job(), tmp_path)
+    result = cluster.train(2)
+    assert result.weights_sha256 == solo
+    assert cluster.codes == [0, 0]
+
+
+def attacked(tmp_path: Path, attack: Callable[[grpc.Channel], None]) -> str:
+    """The hash of a run whose server is attacked as soon as it listens, and until the attack is over."""
+    cluster = Cluster(job(), tmp_path)
+    failed: list[BaseException] = []
+
+    def go() -> None:
+        try:
+            with connect(parse(cluster.address)) as channel:
+                attack(channel)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=go)
+
+    def ready() -> None:
+        thread.start()
+        thread.join(60)
+
+    result = cluster.train(2, ready=ready)
+    assert not failed, failed
+    assert cluster.codes == [0, 0]
+    return result.weights_sha256
+
+
+def raw(channel: grpc.Channel, method: str) -> Any:
+    kind = "unary_unary" if method in ("GetJob", "Join", "Leave") else "stream_stream"
+    return getattr(channel, kind)(f"/{SERVICE}/{method}")
+
+
+def sent(channel: grpc.Channel, method: str, data: bytes, **more: Any) -> grpc.StatusCode:
+    """How a call with one message ends."""
+    call = raw(channel, method)
+    try:
+        if method in ("GetJob", "Join", "Leave"):
+            call(data, timeout=20, **more)
+        else:
+            list(call(iter([data]), timeout=20, **more))
+    except grpc.RpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+def test_messages_that_are_none_too_large_or_compressed(solo: str, tmp_path: Path) -> None:
+    def attack(channel: grpc.Channel) -> None:
+        for method in METHODS:
+            assert sent(channel, method, b"\x0a\xff\xff\xff\xff\x0f") is grpc.StatusCode.INVALID_ARGUMENT
+            assert sent(channel, method, bytes(64 << 20)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+            gzip = grpc.Compression.Gzip
+            assert sent(channel, method, bytes(4 << 20), compression=gzip) is grpc.StatusCode.UNIMPLEMENTED
+
+    assert attacked(tmp_path, attack) == solo
+
+
+def test_streams_without_a_message_and_of_strangers(solo: str, tmp_path: Path) -> None:
+    def attack(channel: grpc.Channel) -> None:
+        stranger = pb.Membership(job=3, epoch=5, worker=1)
+        for method, message in (("Work", pb.WorkRequest), ("Pull", pb.PullRequest)):
+            with pytest.raises(grpc.RpcError) as refused:
+                list(raw(channel, method)(iter(()), timeout=20))
+            assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+            said = message(membership=stranger).SerializeToString()
+            assert sent(channel, method, said) is grpc.StatusCode.PERMISSION_DENIED
+        assert sent(channel, "Leave", pb.LeaveRequest(membership=stranger).SerializeToString()) is grpc.StatusCode.OK
+
+    assert attacked(tmp_path, attack) == solo
+
+
+def test_clients_that_vanish_or_never_read(solo: str, tmp_path: Path) -> None:
+    place = pb.Place(membership=pb.Membership(job=1, epoch=1, worker=1), total=4, encoding=pb.ENCODING_RAW)
+    chunk = encode(place, np.zeros(1 << 16, np.float32))
+
+    def pour() -> Iterator[bytes]:
+        for _ in range(200):
+            yield chunk
+
+    def attack(channel: grpc.Channel) -> None:
+        held = [raw(channel, "Push")(pour()) for _ in range(4)]
+        next(iter(held[0]))
+        for call in held[:2]:
+            call.cancel()
+        with connect(parse(f"unix:{tmp_path}/server.sock")) as other:
+            left = raw(other, "Push")(pour())
+            next(iter(left))
+
+    assert attacked(tmp_path, attack) == solo
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_without_a_token_for_it(method: str, tmp_path: Path) -> None:
+    file = TokenFile(tmp_path / "tokens.json")
+    read, worker = file.create("reads", Role.read), file.create("works", Role.worker)
+    codes: dict[str, grpc.StatusCode] = {}
+    cluster = Cluster(job(steps=1), tmp_path)
+
+    def ready() -> None:
+        for name, token in (("none", None), ("wrong", fresh()), ("read", read)):
+            with connect(parse(cluster.address), Calling(token)) as channel:
+                codes[name] = sent(channel, method, b"")
+        cluster.worker(calling=Calling(worker))
+
+    cluster.train(0, ready=ready, serving=Serving(TokenFile(tmp_path / "tokens.json")))
+    assert codes == {
+        "none": grpc.StatusCode.UNAUTHENTICATED,
+        "wrong": grpc.StatusCode.UNAUTHENTICATED,
+        "read": grpc.StatusCode.PERMISSION_DENIED,
+    }
