@@ -262,7 +262,7 @@ def _taken(name: str, found: str) -> UploadError:
 def _relative(base: Path, source: str) -> str | None:
     """A source as a path from a base; None where it leads elsewhere."""
     if not source.startswith("/"):
-        return source.rstrip("/")
+        return source.rstrip("/") or None
     start = f"{base.resolve()}"
     if source.rstrip("/") == start:
         return ""
