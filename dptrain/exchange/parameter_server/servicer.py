@@ -1,5 +1,6 @@
 """The methods of a parameter server: from gRPC to its hub, and nothing else. One thread for each stream."""
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
