@@ -1,6 +1,7 @@
 """Distributed data-parallel training on CPUs with the same bits for any number of workers.
 
-``dptrain.train(job)`` trains, ``dptrain.load(run_dir)`` gives the trained model, ``dptrain.Job`` is the job's class.
+``dptrain.train(job)`` trains, ``dptrain.load(run_dir)`` gives the trained model, ``dptrain.Job`` is the job's class,
+``dptrain.Client`` talks to a server of jobs.
 They are imported on first use: a rank that is only told to leave pays for nothing.
 """
 
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dptrain.api import Job, Result, Trained, load, train
     from dptrain.errors import DptrainError
+    from dptrain.service.client import Client
 
 __version__ = "0.1.0"
 
-__all__ = ["DptrainError", "Job", "Result", "Trained", "__version__", "load", "train"]
+__all__ = ["Client", "DptrainError", "Job", "Result", "Trained", "__version__", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +22,10 @@ def __getattr__(name: str) -> Any:
         from dptrain.errors import DptrainError
 
         return DptrainError
+    if name == "Client":
+        from dptrain.service.client import Client
+
+        return Client
     if name in __all__:
         from dptrain import api
 

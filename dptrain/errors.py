@@ -128,6 +128,26 @@ class BusyError(DptrainError):
     exit_code = 3
 
 
+class NotFoundError(DptrainError):
+    """A job, file or data set that is not there, or is another owner's."""
+
+
+class RefusedTransition(DptrainError):
+    """What is asked for is not possible in the state that the thing is in."""
+
+
+class QuotaError(DptrainError):
+    """There is no room left for what is asked for."""
+
+
+class ChangedError(DptrainError):
+    """Something has become another since it was looked at."""
+
+
+class UploadError(DataError):
+    """A data set that can't be taken in."""
+
+
 def exit_code(error: BaseException) -> int:
     """The process's exit code for an error: 2 for bad input, 1 for a bug, or what the error says."""
     if isinstance(error, MemoryError):

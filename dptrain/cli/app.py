@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from dptrain import launch
+from dptrain.cli import service
 
 app = typer.Typer(
     name="dptrain",
@@ -16,7 +17,6 @@ app = typer.Typer(
     "Plain [bold]dptrain[/] is [bold]dptrain run[/] of ./dptrain.toml if there is one, else of the embedded job.",
     epilog="Example: [bold]mpirun -n 8 dptrain[/]  trains the embedded job with eight workers.",
     rich_markup_mode="rich",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -300,3 +300,6 @@ def token_list(tokens: Tokens) -> None:
 
     for entry in TokenFile(tokens).entries():
         print(f"{entry.name}\t{entry.role}\t{entry.created}")
+
+
+service.register(app)

@@ -9,6 +9,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -16,11 +17,12 @@ from dptrain.errors import JobError
 from dptrain.job.spec import LAYERS, Job, Layer, needs_validation, plain, rebuild
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
     from pydantic_core import ErrorDetails
 
 DEFAULT_SHARDS = 8
 
-NOT_KEYS = frozenset({"CACHE", "PROGRESS", "TRACEBACK", "SUPERVISED", "FT"})
+NOT_KEYS = frozenset({"CACHE", "PROGRESS", "TRACEBACK", "SUPERVISED", "FT", "SERVER", "TOKEN", "TLS_CA"})
 """DPTRAIN_ variables that steer the program, not the job."""
 
 EMBEDDED: dict[str, Any] = {
@@ -87,7 +89,7 @@ def load_job(
 
 def check(content: Mapping[str, Any], name: str, origin: Mapping[tuple[str | int, ...], str] | None = None) -> Job:
     """The job of plain data, each key and value against the schema; ``name`` is where errors say it came from."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     content = dict(content)
     layers = content.get("model", {}).get("layers") if isinstance(content.get("model"), Mapping) else None
@@ -95,7 +97,7 @@ def check(content: Mapping[str, Any], name: str, origin: Mapping[tuple[str | int
         _check_layer_type(layer, index, name)
     try:
         text = json.dumps(content, default=_refuse)
-        return TypeAdapter(Job).validate_json(text, strict=True)
+        return _schema().validate_json(text, strict=True)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=True)
         raise _told(details, layers, name, origin or {}) from None
@@ -106,6 +108,14 @@ def check(content: Mapping[str, Any], name: str, origin: Mapping[tuple[str | int
             found=str(error),
             cure="write it as one",
         ) from None
+
+
+@cache
+def _schema() -> "TypeAdapter[Job]":
+    """The checker of jobs. Making it takes longer than checking a thousand of them."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Job)
 
 
 def complete(job: Job, name: str = "the job", *, own_model: bool = False) -> Job:

@@ -41,6 +41,11 @@ CODES: dict[type[DptrainError], grpc.StatusCode] = {
     errors.RefusedError: grpc.StatusCode.PERMISSION_DENIED,
     errors.UnreachableError: grpc.StatusCode.UNAVAILABLE,
     errors.BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.RefusedTransition: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.QuotaError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.ChangedError: grpc.StatusCode.ABORTED,
+    errors.UploadError: grpc.StatusCode.INVALID_ARGUMENT,
 }
 """A class that is not here has the code of the class that it is derived from."""
 

@@ -1,0 +1,282 @@
+"""The job service's figures: submits a second, lists of many jobs, followers of one log, the way to the first step."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from bench import report, spawn
+from bench.interleave import interleaved, spread
+from bench.options import Options
+from bench.spawn import Found, NotRun
+from dptrain.errors import DptrainError
+from dptrain.rundir import JOURNAL
+from dptrain.service import keeper
+from dptrain.service.client import Client
+from dptrain.service.model import Job, Spec, State
+from dptrain.service.store import Store
+
+POLL = 0.002
+SUBMITTERS = 8
+JOB = """
+name = "bench"
+[data]
+source = "digits"
+[model]
+layers = [{ type = "linear", units = 256 }, { type = "relu" }, { type = "linear", units = 10 }]
+[train]
+steps = 100000000
+[output]
+journal_steps = 1
+checkpoint_seconds = 0.0
+"""
+NAMES = {
+    "submits": "jobs accepted durably, a second",
+    "list": "ListJobs over finished jobs, ms",
+    "followers": "steps a second with followers, of those without",
+    "first step": "submit to first step, of `dptrain run` by hand",
+}
+
+
+def main(options: Options) -> None:
+    """Leaves service.json and .md."""
+    many, followers, submits = (2_000, 10, 100) if options.quick else (100_000, 200, 2_000)
+    measured = interleaved(
+        {
+            "submits": lambda repeat: _submits(submits),
+            "list": lambda repeat: _list(many),
+            "followers": lambda repeat: _followers(followers, 1.0 if options.quick else 10.0),
+            "first step": lambda repeat: _first_step(),
+        },
+        options.repeats,
+        "service",
+    )
+    content: dict[str, Any] = {}
+    rows = []
+    for key, name in NAMES.items():
+        values = measured[key].values(key)
+        if not values:
+            content[key] = {"not_run": measured[key].reason}
+            rows.append(report.not_run(name, measured[key].reason, 2))
+            continue
+        figures = spread(values)
+        content[key] = {**figures, "runs": values}
+        rows.append([name, f"{figures['median']:.3g} ({figures['lowest']:.3g} to {figures['highest']:.3g})"])
+    settings = {"repeats": options.repeats, "jobs": many, "followers": followers, "submits": submits}
+    title = f"The job service, {many} finished jobs, {followers} followers, {SUBMITTERS} submitters at a time"
+    report.write(options.results, "service", title, settings, {"service": content}, report.table(["", ""], rows))
+
+
+class _Served:
+    """A server of its own in a folder, on some of the cores."""
+
+    def __init__(self, folder: Path, cores: set[int] | None = None) -> None:
+        self.folder = folder
+        self.environ = {**os.environ, "XDG_CONFIG_HOME": str(folder / "config")}
+        self.address = f"unix:{folder / 's'}"
+        (folder / "job.toml").write_text(JOB)
+        pinned = ["taskset", "-c", ",".join(map(str, sorted(cores)))] if cores else []
+        self.process = subprocess.Popen(
+            [
+                *(*pinned, sys.executable, "-m", "dptrain", "serve", "--slots", "1"),
+                *("--listen", self.address, "--data", str(folder / "data")),
+            ],
+            env=self.environ,
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / "serve.log").open("wb"),
+        )
+
+    def client(self) -> Client:
+        return Client(self.address, environ=self.environ)
+
+    def up(self) -> None:
+        until = time.monotonic() + spawn.TIMEOUT
+        while True:
+            with contextlib.suppress(DptrainError), self.client() as client:
+                client.info()
+                return
+            if time.monotonic() > until or self.process.poll() is not None:
+                raise NotRun((self.folder / "serve.log").read_text()[-300:])
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def _served(cores: set[int] | None = None, jobs: int = 0) -> Iterator[_Served]:
+    with tempfile.TemporaryDirectory(prefix="dptrain-bench-") as name:
+        folder = Path(name)
+        if jobs:
+            _fill(folder / "data", jobs)
+        served = _Served(folder, cores)
+        try:
+            served.up()
+            yield served
+            with served.client() as client:
+                for job in client.jobs("active=true", page_size=1000):
+                    client.cancel(job.id, grace=timedelta())
+                for job in client.jobs("active=true"):
+                    client.wait(job.id)
+        finally:
+            served.process.terminate()
+            served.process.wait()
+
+
+def _submits(number: int) -> Found:
+    with _served() as served:
+        with served.client() as client:
+            client.submit(served.folder / "job.toml")  # holds the slot
+
+        def submit(count: int) -> None:
+            with served.client() as client:
+                for _ in range(count):
+                    client.submit(served.folder / "job.toml")
+
+        begun = time.perf_counter()
+        with ThreadPoolExecutor(SUBMITTERS) as pool:
+            list(pool.map(submit, [number // SUBMITTERS] * SUBMITTERS))
+        seconds = time.perf_counter() - begun
+    return {"submits": number // SUBMITTERS * SUBMITTERS / seconds}
+
+
+def _fill(data: Path, number: int) -> None:
+    """A store with so many jobs that have ended."""
+    data.mkdir(mode=0o700)
+    store = Store(data / "jobs.sqlite")
+    spec = Spec(job_toml=JOB, run_toml=JOB, name="bench", labels={"team": "bench"})
+    done = Job(id="", owner="operator", spec=spec, state=State.SUCCEEDED, message="done", launch=1, exit_code=0)
+
+    def create(part: int) -> None:
+        for i in range(part, number, 64):
+            at = 1.0e9 + i
+            store.create(replace(done, id=f"{i:012d}", created=at, updated=at, finished=at + 9), "", "")
+
+    # The store puts what waits together into one transaction.
+    with ThreadPoolExecutor(64) as pool:
+        list(pool.map(create, range(64)))
+    store.close()
+
+
+def _list(number: int) -> Found:
+    with _served(jobs=number) as served, served.client() as client:
+        next(iter(client.jobs()))
+        taken = []
+        for terms in ("", "label.team=bench", "state=SUCCEEDED", "name=bench"):
+            begun = time.perf_counter()
+            found = next(iter(client.jobs(terms)))
+            taken.append(1000 * (time.perf_counter() - begun))
+            assert found.id
+    return {"list": max(taken)}
+
+
+def _followers(number: int, seconds: float) -> Found:
+    """The job alone on one core, the server and all followers on another."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise NotRun("needs two cores")
+    with _served({cores[1]}) as served, served.client() as client:
+        job = client.submit(served.folder / "job.toml")
+        folder = served.folder / "data" / "jobs" / job.id
+        journal = folder / "run" / JOURNAL
+        _wait_for_line(journal)
+        session = keeper.begun(folder)[-1]["pid"]
+        for entry in os.scandir("/proc"):
+            if entry.name.isdigit():
+                with contextlib.suppress(ProcessLookupError):
+                    if os.getsid(int(entry.name)) == session:
+                        for thread in os.listdir(f"/proc/{entry.name}/task"):
+                            os.sched_setaffinity(int(thread), {cores[0]})
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        for followed in (False, True, True, False):
+            with _following(served, job.id, number if followed else 0, cores[1]):
+                rates[followed].append(_rate(journal, seconds))
+    return {"followers": sum(rates[True]) / sum(rates[False])}
+
+
+@contextlib.contextmanager
+def _following(served: _Served, job: str, number: int, core: int) -> Iterator[None]:
+    """So many followers, each with a connection of its own, in a process on one core."""
+    if not number:
+        yield
+        return
+    line = ["taskset", "-c", str(core), sys.executable, "-m", __name__, str(served.folder), job, str(number)]
+    process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise NotRun("the followers did not begin")
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _follow(folder: Path, job: str, number: int) -> None:
+    environ = {**os.environ, "XDG_CONFIG_HOME": str(folder / "config")}
+    begun = threading.Semaphore(0)
+
+    def follow() -> None:
+        with Client(f"unix:{folder / 's'}", environ=environ) as client:
+            for _ in client.logs(job, follow=True):
+                begun.release()
+
+    for _ in range(number):
+        threading.Thread(target=follow, daemon=True).start()
+    for _ in range(number):
+        begun.acquire()
+    print("followed", flush=True)
+    sys.stdin.read()
+
+
+def _rate(journal: Path, seconds: float) -> float:
+    first, begun = _last_step(journal), time.perf_counter()
+    time.sleep(seconds)
+    return (_last_step(journal) - first) / (time.perf_counter() - begun)
+
+
+def _last_step(journal: Path) -> int:
+    with journal.open("rb") as file:
+        file.seek(max(0, journal.stat().st_size - 8192))
+        lines = file.read().splitlines(keepends=True)
+    return int(json.loads(next(line for line in reversed(lines) if line.endswith(b"\n")))["step"])
+
+
+def _first_step() -> Found:
+    with _served() as served, served.client() as client:
+        begun = time.perf_counter()
+        job = client.submit(served.folder / "job.toml")
+        _wait_for_line(served.folder / "data" / "jobs" / job.id / "run" / JOURNAL)
+        submitted = time.perf_counter() - begun
+        client.cancel(job.id, grace=timedelta())
+        client.wait(job.id)
+        by_hand = served.folder / "by-hand"
+        line = [sys.executable, "-P", "-m", "dptrain", "run", "job.toml", "-n", "1", "--run-dir", str(by_hand)]
+        begun = time.perf_counter()
+        process = subprocess.Popen(line, cwd=served.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            _wait_for_line(by_hand / JOURNAL)
+            alone = time.perf_counter() - begun
+        finally:
+            process.kill()
+            process.wait()
+    return {"first step": submitted / alone, "submitted": submitted, "by hand": alone}
+
+
+def _wait_for_line(journal: Path) -> None:
+    until = time.monotonic() + spawn.TIMEOUT
+    while not (journal.exists() and b"\n" in journal.read_bytes()):
+        if time.monotonic() > until:
+            raise NotRun("no step in time")
+        time.sleep(POLL)
+
+
+if __name__ == "__main__":
+    _follow(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,36 @@
+"""``dptrain serve``: a server from its start until it is asked to stop."""
+
+import os
+import signal
+import threading
+
+from dptrain.service import known, log
+from dptrain.service.server import TOKEN, JobServer, Options
+
+
+def keep_serving(options: Options) -> None:
+    """Serve until SIGTERM or SIGINT. What runs goes on, and the next server finds it again."""
+    asked = threading.Event()
+    handler = log.begin()
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with JobServer(options, os.environ) as server:
+            address = server.address
+            print(f"dptrain serves at {address}", flush=True)
+            print(f"jobs are kept in {options.data}; Ctrl-C ends the server, not the jobs", flush=True)
+            if known.path_of(address, os.environ).exists():
+                print(f"try: dptrain submit JOB.toml -f{_elsewhere(str(address))}", flush=True)
+            else:
+                print(f"commands need DPTRAIN_TOKEN, or --token-file {options.data / TOKEN}", flush=True)
+            asked.wait()
+            log.tell("asked to stop")
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+        handler.close()
+
+
+def _elsewhere(address: str) -> str:
+    from dptrain.service.client import DEFAULT_SERVER
+
+    return "" if address == DEFAULT_SERVER else f" --server {address}"

@@ -1,0 +1,306 @@
+"""The doer: brings the jobs that are to run and the processes that run together, again and again.
+
+One thread. It waits for changes of the store, for keepers to end and for deadlines, and does what the scheduler says.
+Everything is written to the store before it is done, so that another conductor, after this one was killed, sees what
+may have been done, and looks.
+"""
+
+import contextlib
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dptrain.errors import DptrainError, NotFoundError, RefusedTransition
+from dptrain.service import below, books, keeper, scheduler, verbs
+from dptrain.service.model import ENDED, LIVE, WAITING, Job, Reason, State
+from dptrain.service.runner import Alive, Runner
+from dptrain.service.scheduler import Kept, Running, Waiting
+from dptrain.service.store import Store
+
+Tell = Callable[..., None]
+
+SOON = 0.05
+"""Seconds between looks at a launch that has not begun to train yet, or whose keeper can't be found yet."""
+
+RETENTION_SECONDS = 60.0
+"""Seconds between looks at what has outlived its time."""
+
+_REST = 3.0
+"""After a plan it rests for so many times as long as the plan took, so that a long queue leaves the server its core."""
+
+
+class Conductor:
+    """Runs the jobs of a store on ``slots`` slots from ``start`` until ``close``; the jobs go on after that.
+
+    ``tell(event, **fields)`` is for the server's log. ``keep`` = (seconds, bytes) bounds what has ended; 0: no bound.
+    """
+
+    def __init__(self, store: Store, run: Runner, slots: int, tell: Tell, keep: tuple[float, int] = (0.0, 0)) -> None:
+        self.store, self.runner, self.slots, self.tell, self.keep = store, run, slots, tell, keep
+        self.reasons: dict[str, tuple[Reason, str]] = {}
+        self._jobs: dict[str, Job] = {}
+        self._alive: dict[str, Alive] = {}
+        self._asked: dict[str, tuple[int, bool]] = {}
+        self._dirty: set[str] = set()
+        self._lock = threading.Lock()
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll = select.poll()
+        self._poll.register(self._event, select.POLLIN)
+        self._ends = False
+        self._next_retention = 0.0
+        self._planned = 0.0
+        self._plan_wake: float | None = None
+        self._moved = True
+        self._thread = threading.Thread(target=self._go, name="conductor", daemon=True)
+        store.bell.listen(self._changed)
+
+    def start(self) -> None:
+        """Find the jobs again that an earlier server has left, then begin."""
+        for job_id in self.store.removed():
+            self._remove(job_id)
+        for job in self.store.active():
+            self._jobs[job.id] = job
+            if job.state in LIVE:
+                self.tell("job found again", job=job.id, state=job.state.name, launch=job.launch)
+                self._look(job)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop conducting. Jobs go on."""
+        self._ends = True
+        self._ring()
+        if self._thread.is_alive():
+            self._thread.join()
+        for alive in self._alive.values():
+            if alive.handle >= 0:
+                os.close(alive.handle)
+        self._alive.clear()
+        with self._lock:
+            os.close(self._event)
+            self._event = -1
+
+    @property
+    def free(self) -> int:
+        """How many slots are free."""
+        return self.slots - sum(job.workers for job in list(self._jobs.values()) if job.state in LIVE)
+
+    def running(self) -> list[str]:
+        """The jobs that train now."""
+        return [job.id for job in list(self._jobs.values()) if job.state is State.RUNNING]
+
+    def why(self, job: Job) -> tuple[Reason, str]:
+        """Why a job is in its state: of one that waits, what the scheduler last said."""
+        if job.state not in WAITING:
+            return job.reason, job.message
+        reason, message = self.reasons.get(job.id, (Reason.UNSPECIFIED, ""))
+        if reason is Reason.BACK_OFF:
+            left = max(0.0, job.not_before - time.time())
+            return job.reason or reason, f"{job.message}, in {left:.0f} s"
+        if reason is Reason.UNSPECIFIED:
+            return job.reason, job.message or "is about to start"
+        return reason, f"{job.message}; {message}" if job.message else message
+
+    def _changed(self, keys: tuple[str, ...]) -> None:
+        with self._lock:
+            self._dirty.update(key for key in keys if key and not key.startswith("file:"))
+            if self._dirty:
+                self._ring()
+
+    def _ring(self) -> None:
+        if self._event >= 0:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_write(self._event, 1)
+
+    def _go(self) -> None:
+        while not self._ends:
+            try:
+                self._refresh()
+                self._observe()
+                self._schedule()
+                self._retain()
+                self._wait()
+            except DptrainError as error:
+                # A full disk, say: nothing was lost, and the next turn tries again.
+                self.tell("error", error=str(error))
+                select.select([self._event], [], [], 1.0)
+
+    def _refresh(self) -> None:
+        with self._lock:
+            dirty, self._dirty = self._dirty, set()
+        self._moved = self._moved or bool(dirty)
+        for job_id in dirty:
+            try:
+                job = self.store.get(job_id)
+            except NotFoundError:
+                self._jobs.pop(job_id, None)
+                self._remove(job_id)
+                continue
+            if job.state in ENDED or job.state is State.PAUSED:
+                self._jobs.pop(job_id, None)
+                self.reasons.pop(job_id, None)
+            else:
+                self._jobs[job_id] = job
+
+    def _observe(self) -> None:
+        """Look at everything that holds slots."""
+        now = time.time()
+        for job in [job for job in self._jobs.values() if job.state in LIVE]:
+            alive = self._alive.get(job.id)
+            if alive is None or alive.handle < 0 or _readable(alive.handle):
+                self._look(job)
+                continue
+            if job.state is State.STARTING and self.runner.trains(job.id, job.launch):
+                self._change(job.id, lambda job: verbs.running(job) if job.state is State.STARTING else job)
+            spent = job.trained + now - job.started
+            if job.state is not State.CANCELLING and 0 < job.spec.max_seconds < spent:
+                self._change(job.id, lambda job: verbs.too_long(job, now, scheduler.BACK_OFF * 30))
+            if job.state in (State.PAUSING, State.CANCELLING):
+                self._ask(job, alive, now)
+
+    def _ask(self, job: Job, alive: Alive, now: float) -> None:
+        kill = 0 < job.kill_at <= now
+        if self._asked.get(job.id) != (job.launch, kill):
+            self._asked[job.id] = (job.launch, kill)
+            self.runner.ask(alive.pid, kill=kill)
+
+    def _look(self, job: Job) -> None:
+        """See what has become of a job's launch, and write it down where it has ended."""
+        self._let_go(job.id)
+        sight = self.runner.look(job.id, job.launch)
+        if isinstance(sight, Alive):
+            self._hold(job.id, sight)
+            return
+        done, newest = self.runner.done(job.id), self.runner.newest_step(job.id)
+        said = books.last_error(self.runner.folder(job.id) / keeper.LOG, job.started)
+        launch = job.launch
+
+        def decide(job: Job) -> Job:
+            if job.launch != launch or job.state not in LIVE:
+                return job
+            return verbs.ended(job, sight, done=done, newest=newest, said=said, now=time.time())
+
+        after = self._change(job.id, decide)
+        if after is not None and after.state in ENDED:
+            self.store.weigh(job.id, sum(found.size for found in below.walk(self.runner.folder(job.id))))
+
+    def _schedule(self) -> None:
+        now = time.time()
+        due = self._plan_wake is not None and now >= self._plan_wake
+        if not (self._moved or due):
+            return
+        began = time.perf_counter()
+        self._moved = False
+        jobs = list(self._jobs.values())
+        waiting = [_waiting(job) for job in jobs if job.state in WAITING]
+        found = scheduler.plan(waiting, [_running(job) for job in jobs if job.state in LIVE], self.slots, now)
+        self.reasons = dict(found.reasons)
+        self._plan_wake = found.wake
+        for job_id, workers in found.starts.items():
+            self._start(job_id, workers)
+        for job_id, workers in found.resizes.items():
+            with contextlib.suppress(RefusedTransition):
+                self._change(job_id, lambda job, n=workers: verbs.resize(job, time.time(), n))  # type: ignore[misc]
+        self._planned = time.perf_counter() - began
+
+    def _start(self, job_id: str, workers: int) -> None:
+        def decide(job: Job) -> Job:
+            return verbs.starting(job, time.time(), workers) if job.state in WAITING else job
+
+        job = self._change(job_id, decide)
+        if job is None or job.state is not State.STARTING:
+            return
+        self._let_go(job_id)
+        sight = self.runner.start(job, job.launch, workers)
+        if isinstance(sight, Alive):
+            self._hold(job_id, sight)
+
+    def _change(self, job_id: str, decide: Callable[[Job], Job]) -> Job | None:
+        """Change a job here and in the store; None where it is no more."""
+        before = self._jobs.get(job_id)
+        try:
+            job = self.store.change(job_id, decide)
+        except NotFoundError:
+            return None
+        if before is None or before.state is not job.state:
+            fields: dict[str, Any] = {"job": job.id, "state": job.state.name, "reason": job.reason.name}
+            self.tell("job", **fields, message=job.message, launch=job.launch, workers=job.workers)
+        self._moved = True
+        if job.state in ENDED or job.state is State.PAUSED:
+            self._jobs.pop(job_id, None)
+        else:
+            self._jobs[job_id] = job
+        return job
+
+    def _hold(self, job_id: str, alive: Alive) -> None:
+        self._alive[job_id] = alive
+        if alive.handle >= 0:
+            self._poll.register(alive.handle, select.POLLIN)
+
+    def _let_go(self, job_id: str) -> None:
+        alive = self._alive.pop(job_id, None)
+        if alive is not None and alive.handle >= 0:
+            self._poll.unregister(alive.handle)
+            os.close(alive.handle)
+
+    def _retain(self) -> None:
+        """Remove what has outlived its time, now and then."""
+        now = time.time()
+        if not any(self.keep) or now < self._next_retention:
+            return
+        self._next_retention = now + RETENTION_SECONDS
+        kept = [Kept(*row) for row in self.store.ended()]
+        for job_id in scheduler.outlived(kept, now, *self.keep):
+            with contextlib.suppress(NotFoundError, RefusedTransition):
+                self.store.remove(job_id, verbs.removable)
+                self.tell("job outlived", job=job_id)
+
+    def _remove(self, job_id: str) -> None:
+        """Remove the files of a job that is marked so, then what is known of it."""
+        if job_id in self.store.removed():
+            self.runner.remove(job_id)
+            self.store.forget(job_id)
+
+    def _wait(self) -> None:
+        """Until something happens, or is due."""
+        now = time.time()
+        until = [now + RETENTION_SECONDS]
+        for job in self._jobs.values():
+            if job.state in LIVE:
+                alive = self._alive.get(job.id)
+                if alive is None or alive.handle < 0 or job.state is State.STARTING:
+                    until.append(now + SOON)
+                if job.kill_at and self._asked.get(job.id) != (job.launch, True):
+                    until.append(job.kill_at)
+                if job.spec.max_seconds and job.state is not State.CANCELLING:
+                    until.append(job.started + job.spec.max_seconds - job.trained)
+        if self._plan_wake is not None:
+            until.append(self._plan_wake)
+        if self._moved:
+            until.append(now)
+        rest = min(1.0, self._planned * _REST)
+        self._planned = 0.0
+        if rest > SOON:
+            time.sleep(rest)
+        ready = self._poll.poll(max(0.0, min(until) - time.time()) * 1000)
+        if any(handle == self._event for handle, _ in ready):
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._event)
+
+
+def _readable(handle: int) -> bool:
+    return bool(select.select([handle], [], [], 0)[0])
+
+
+def _waiting(job: Job) -> Waiting:
+    least, most = job.spec.workers
+    return Waiting(job.id, least, most, job.spec.priority, job.created, job.since or job.created, job.not_before)
+
+
+def _running(job: Job) -> Running:
+    leaving = job.state in (State.PAUSING, State.CANCELLING)
+    # A launch that does not train yet is left as it is.
+    least, most = (job.workers, job.workers) if job.state is State.STARTING else job.spec.workers
+    return Running(job.id, job.workers, least, most, job.spec.priority, job.started, leaving)

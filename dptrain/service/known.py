@@ -1,0 +1,38 @@
+"""The tokens of servers that this user has started on this machine, so that their own commands need none.
+
+A token lies in a file that its user alone can read, named after the server's address: who can read it could read the
+server's folder as well.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from dptrain.wire.address import Address
+
+
+def path_of(address: Address, environ: Mapping[str, str]) -> Path:
+    """Where the token of the server at an address is kept."""
+    home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".config")
+    name = re.sub(r"[^A-Za-z0-9.-]", "_", str(address))
+    return Path(home) / "dptrain" / "servers" / f"{name}.token"
+
+
+def remember(address: Address, token: Path, environ: Mapping[str, str]) -> None:
+    """Keep the operator's token of a server for its user's commands; where that can't be, they have to be given it."""
+    with contextlib.suppress(OSError):
+        path = path_of(address, environ)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(path, token.read_text())
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,201 @@
+"""The composition root of the service: one process that takes jobs and runs them, from a folder that is its own."""
+
+import fcntl
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import grpc
+
+from dptrain.errors import LaunchError, StorageError
+from dptrain.service import known, log
+from dptrain.service.artifact_service import ArtifactService
+from dptrain.service.books import Journals, Watched
+from dptrain.service.cluster_service import ClusterService
+from dptrain.service.conductor import Conductor
+from dptrain.service.datasets import Datasets
+from dptrain.service.desk import Desk
+from dptrain.service.intake import Intake
+from dptrain.service.job_service import JobService
+from dptrain.service.log_service import LogService
+from dptrain.service.metric_service import MetricService
+from dptrain.service.runner import Limits as JobLimits
+from dptrain.service.runner import Runner
+from dptrain.service.store import Store
+from dptrain.v1 import (
+    artifact_service_pb2_grpc,
+    cluster_service_pb2_grpc,
+    job_service_pb2_grpc,
+    log_service_pb2_grpc,
+    metric_service_pb2_grpc,
+)
+from dptrain.wire.address import Address
+from dptrain.wire.limits import Limits
+from dptrain.wire.security import ServerTls, Serving
+from dptrain.wire.server import Server, Service
+from dptrain.wire.tokens import Role, TokenFile
+
+STORE, JOBS, DATASETS, TOKENS, TOKEN, LOCK = "jobs.sqlite", "jobs", "datasets", "tokens.json", "token", "lock"
+"""Of the server's folder: the store, the jobs' folders, uploads, hashed tokens, the operator's own token, the lock."""
+
+OPERATOR = "operator"
+"""Whose the token is that the first start makes."""
+
+CALLS = 640
+"""At a time, each with a thread: hundreds may follow one job's log."""
+
+ROLES: Mapping[str, Mapping[str, Role]] = {
+    "dptrain.v1.JobService": {
+        "CreateJob": Role.submit,
+        "GetJob": Role.read,
+        "ListJobs": Role.read,
+        "UpdateJob": Role.submit,
+        "CancelJob": Role.submit,
+        "PauseJob": Role.submit,
+        "ResumeJob": Role.submit,
+        "RetryJob": Role.submit,
+        "DeleteJob": Role.submit,
+        "WatchJob": Role.read,
+    },
+    "dptrain.v1.LogService": {"TailLogs": Role.read},
+    "dptrain.v1.MetricService": {"QueryMetrics": Role.read, "StreamMetrics": Role.read},
+    "dptrain.v1.ArtifactService": {
+        "ListArtifacts": Role.read,
+        "ListCheckpoints": Role.read,
+        "DownloadArtifact": Role.read,
+        "UploadDataset": Role.submit,
+        "ListDatasets": Role.read,
+        "DeleteDataset": Role.submit,
+    },
+    "dptrain.v1.ClusterService": {"GetServerInfo": Role.read, "ListNodes": Role.read},
+}
+"""What a token must be for, by method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a server is run. ``keep`` = (seconds, bytes) bounds jobs that have ended; 0: no bound."""
+
+    listen: Address
+    data: Path
+    slots: int = 0
+    shared: Path | None = None
+    tls: ServerTls | None = None
+    allow_code: bool = False
+    quota: int = 10 << 30
+    keep: tuple[float, int] = (0.0, 0)
+    metrics: Address | None = None
+    job_limits: JobLimits = field(default_factory=JobLimits)
+    limits: Limits = field(default_factory=lambda: Limits(calls=CALLS))
+
+
+class JobServer:
+    """Answers and runs jobs from ``__enter__`` to ``__exit__``; the jobs go on after that.
+
+    Raises LaunchError where another server has the folder or the address.
+    """
+
+    def __init__(self, options: Options, environ: Mapping[str, str]) -> None:
+        self.options, self._environ = options, environ
+        self._left = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as left:
+            self._open(left)
+            self._left = left.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._left.close()
+
+    @property
+    def address(self) -> Address:
+        """Where it can be reached."""
+        return self._server.address
+
+    def _open(self, left: ExitStack) -> None:
+        options, data = self.options, self.options.data
+        _claim(data, left)
+        tokens = TokenFile(data / TOKENS)
+        _first_token(data, tokens)
+        store = Store(data / STORE)
+        left.callback(store.close)
+        runner = Runner(data.resolve() / JOBS, options.job_limits, self._environ)
+        slots = options.slots or len(os.sched_getaffinity(0))
+        conductor = Conductor(store, runner, slots, log.tell, options.keep)
+        watched = Watched(store.bell.ring)
+        left.callback(watched.close)
+        self.desk = Desk(store, runner, conductor, Journals(), watched)
+        datasets = Datasets(data.resolve() / DATASETS, options.shared and options.shared.resolve(), options.quota)
+        intake = Intake(datasets, slots, options.allow_code)
+        serving = Serving(tokens, options.tls)
+        self._server = Server(options.listen, self._services(intake, datasets), serving=serving, limits=options.limits)
+        left.callback(self._server.stop, 1.0)
+        if options.metrics is not None:
+            from dptrain.service.exposition import Exposition
+
+            self.exposition = Exposition(self.desk, options.metrics)
+            left.callback(self.exposition.close)
+        conductor.start()
+        left.callback(conductor.close)
+        # First of all those who wait are let go, or the end would wait for them.
+        left.callback(store.bell.close)
+        self._server.start()
+        known.remember(self.address, data / TOKEN, self._environ)
+        log.tell("serving", address=str(self.address), data=str(data), slots=slots)
+
+    def _services(self, intake: Intake, datasets: Datasets) -> list[Service]:
+        desk, options = self.desk, self.options
+        jobs, logs, metrics = JobService(desk, intake), LogService(desk), MetricService(desk)
+        artifacts, cluster = ArtifactService(desk, datasets), ClusterService(desk, options.allow_code, options.limits)
+
+        def add_jobs(server: grpc.Server) -> None:
+            job_service_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
+
+        def add_logs(server: grpc.Server) -> None:
+            log_service_pb2_grpc.add_LogServiceServicer_to_server(logs, server)
+
+        def add_metrics(server: grpc.Server) -> None:
+            metric_service_pb2_grpc.add_MetricServiceServicer_to_server(metrics, server)
+
+        def add_artifacts(server: grpc.Server) -> None:
+            artifact_service_pb2_grpc.add_ArtifactServiceServicer_to_server(artifacts, server)
+
+        def add_cluster(server: grpc.Server) -> None:
+            cluster_service_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
+
+        add = (add_jobs, add_logs, add_metrics, add_artifacts, add_cluster)
+        return [Service(name, adder, roles) for adder, (name, roles) in zip(add, ROLES.items(), strict=True)]
+
+
+def _claim(data: Path, left: ExitStack) -> None:
+    """Make the folder this process's own for as long as ``left`` is open."""
+    try:
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (data / JOBS).mkdir(mode=0o700, exist_ok=True)
+        lock = left.enter_context((data / LOCK).open("ab"))
+    except OSError as error:
+        raise StorageError(
+            f"{data}",
+            expected="a folder to keep jobs in",
+            found=error.strerror or str(error),
+            cure="choose another --data",
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LaunchError(
+            f"{data}", expected="a folder that no server uses", found="one that does", cure="choose another --data"
+        ) from None
+
+
+def _first_token(data: Path, tokens: TokenFile) -> None:
+    """At the first start make the operator's token: there is no server without tokens."""
+    if tokens.path.exists():
+        return
+    path = data / TOKEN
+    token = tokens.create(OPERATOR, Role.admin)
+    known.write_private(path, token + "\n")

@@ -1,0 +1,120 @@
+"""The commands of the service, as processes, against a server that is one too."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.service.conftest import end_all
+from tests.service.jobs import JOB, LONG, solo_hash
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("DPTRAIN_")}
+    return {**kept, "XDG_CONFIG_HOME": str(tmp_path / "config"), "DPTRAIN_SERVER": f"unix:{tmp_path / 's'}"}
+
+
+@pytest.fixture
+def dptrain(tmp_path: Path, environ: dict[str, str]) -> Run:
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        line = [sys.executable, "-m", "dptrain", *arguments]
+        return subprocess.run(line, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+
+    (tmp_path / "job.toml").write_text(JOB)
+    (tmp_path / "long.toml").write_text(LONG)
+    return run
+
+
+@pytest.fixture
+def served(tmp_path: Path, environ: dict[str, str]) -> Iterator[None]:
+    line = [sys.executable, "-m", "dptrain", "serve", "--listen", f"unix:{tmp_path / 's'}", "--data", "data"]
+    with (
+        (tmp_path / "serve.log").open("wb") as log,
+        subprocess.Popen(
+            [*line, "--slots", "2"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"dptrain serves at unix:{tmp_path / 's'}\n"
+        yield
+        process.terminate()
+        assert process.wait(60) == 0
+    end_all(tmp_path / "data" / "jobs")
+    lines = (tmp_path / "serve.log").read_text().splitlines()
+    assert {"serving", "asked to stop"} <= {json.loads(line)["event"] for line in lines}
+
+
+@pytest.mark.usefixtures("served")
+def test_submit_follow_and_bring_home(dptrain: Run, tmp_path: Path) -> None:
+    followed = dptrain("submit", "job.toml", "-n", "1..2", "-f", "--label", "a=b")
+    assert followed.returncode == 0, followed.stderr
+    job = followed.stdout.split()[0]
+    wanted = solo_hash(tmp_path)
+    assert wanted in followed.stdout
+    assert followed.stderr.endswith(f"job {job} succeeded: done\n")
+    assert dptrain("wait", job[:5]).returncode == 0
+    shown = json.loads(dptrain("show", "@latest", "-o", "json").stdout)
+    assert (shown["id"], shown["result"]["weights_sha256"]) == (job, wanted)
+    listed = json.loads(dptrain("jobs", "-a", "-o", "json", "--filter", "label.a=b").stdout)
+    assert [entry["id"] for entry in listed] == [job]
+    assert job in dptrain("jobs", "-a").stdout
+    assert job not in dptrain("jobs").stdout
+    lines = [json.loads(line) for line in dptrain("logs", job, "--tail", "1", "-o", "json").stdout.splitlines()]
+    assert [("cursor" in line, line.get("state")) for line in lines] == [(True, None), (False, "JOB_STATE_SUCCEEDED")]
+    assert "loss" in dptrain("metrics", job).stdout
+    assert dptrain("download", job, "home").stdout == "home\n"
+    assert dptrain("eval", "home").returncode == 0
+    assert dptrain("delete", job).returncode == 0
+    assert "operator (admin)" in dptrain("cluster").stdout
+
+
+@pytest.mark.usefixtures("served")
+def test_ctrl_c_detaches_and_says_how_to_come_back(dptrain: Run, tmp_path: Path, environ: dict[str, str]) -> None:
+    line = [sys.executable, "-m", "dptrain", "submit", "long.toml", "-f"]
+    with subprocess.Popen(
+        line, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        job = process.stdout.readline().strip()
+        assert process.stdout.readline().startswith("name=tiny")
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"To come back: dptrain logs -f {job}" in said
+    assert json.loads(dptrain("show", job, "-o", "json").stdout)["state"] == "JOB_STATE_RUNNING"
+    assert "cancelling" in dptrain("cancel", job, "--grace", "0").stdout
+    assert dptrain("wait", job).returncode == 1
+    assert dptrain("logs", "-f", job).returncode == 1
+    assert dptrain("retry", job).returncode == 0
+    assert dptrain("cancel", job, "--grace", "0").returncode == 0
+
+
+@pytest.mark.usefixtures("served")
+def test_bad_input_is_code_2(dptrain: Run, tmp_path: Path) -> None:
+    for arguments, said in (
+        (["submit", "none.toml"], "no such file"),
+        (["submit", "job.toml", "--set", "optimizer.lr=-1"], "optimizer.lr"),
+        (["submit", "job.toml", "-n", "3"], "slots"),
+        (["submit", "job.toml", "--set", "data.source='/etc/passwd'"], "data.source"),
+        (["show", "zzz"], "job 'zzz'"),
+        (["jobs", "--filter", "x"], "filter"),
+        (["logs", "--since", "yesterday"], "--since"),
+    ):
+        done = dptrain(*arguments)
+        assert (done.returncode, said in done.stderr) == (2, True), (arguments, done.stderr)
+    assert dptrain("submit", "job.toml", "--dry-run").returncode == 0
+    assert dptrain("jobs", "-a", "-o", "json").stdout.strip() == "[]"
+
+
+def test_no_server_is_code_3(dptrain: Run) -> None:
+    done = dptrain("jobs")
+    assert done.returncode == 3
+    assert "see whether it runs" in done.stderr
