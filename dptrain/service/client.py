@@ -144,7 +144,7 @@ class Client:
     def job(self, job: str) -> job_pb2.Job:
         """A job with its progress and result: by ID, unique prefix, or "@latest"."""
         with told(self.address):
-            return self._jobs.GetJob(job_service_pb2.GetJobRequest(job_id=job)).job
+            return self._jobs.GetJob(job_service_pb2.JobServiceGetJobRequest(job_id=job)).job
 
     def jobs(
         self, filter: str = "", *, order_by: str = "", page_size: int = 0, progress: bool = False

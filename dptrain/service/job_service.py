@@ -60,11 +60,11 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         return job_service_pb2.CreateJobResponse(job=self.desk.tell(created), existing=existing)
 
     def GetJob(
-        self, request: job_service_pb2.GetJobRequest, context: grpc.ServicerContext
-    ) -> job_service_pb2.GetJobResponse:
+        self, request: job_service_pb2.JobServiceGetJobRequest, context: grpc.ServicerContext
+    ) -> job_service_pb2.JobServiceGetJobResponse:
         """One job, whole."""
         job = self.desk.find(request.job_id, context)
-        return job_service_pb2.GetJobResponse(job=self.desk.tell(job, whole=True))
+        return job_service_pb2.JobServiceGetJobResponse(job=self.desk.tell(job, whole=True))
 
     def ListJobs(
         self, request: job_service_pb2.ListJobsRequest, context: grpc.ServicerContext

@@ -85,7 +85,7 @@ class CreateJobResponse(_message.Message):
 Global___CreateJobResponse: _TypeAlias = CreateJobResponse  # noqa: Y015
 
 @_typing.final
-class GetJobRequest(_message.Message):
+class JobServiceGetJobRequest(_message.Message):
     """Which job."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -104,10 +104,10 @@ class GetJobRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetJobRequest: _TypeAlias = GetJobRequest  # noqa: Y015
+Global___JobServiceGetJobRequest: _TypeAlias = JobServiceGetJobRequest  # noqa: Y015
 
 @_typing.final
-class GetJobResponse(_message.Message):
+class JobServiceGetJobResponse(_message.Message):
     """The job."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -128,7 +128,7 @@ class GetJobResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetJobResponse: _TypeAlias = GetJobResponse  # noqa: Y015
+Global___JobServiceGetJobResponse: _TypeAlias = JobServiceGetJobResponse  # noqa: Y015
 
 @_typing.final
 class ListJobsRequest(_message.Message):

@@ -43,8 +43,8 @@ class JobServiceStub(object):
                 _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/dptrain.v1.JobService/GetJob',
-                request_serializer=dptrain_dot_v1_dot_job__service__pb2.GetJobRequest.SerializeToString,
-                response_deserializer=dptrain_dot_v1_dot_job__service__pb2.GetJobResponse.FromString,
+                request_serializer=dptrain_dot_v1_dot_job__service__pb2.JobServiceGetJobRequest.SerializeToString,
+                response_deserializer=dptrain_dot_v1_dot_job__service__pb2.JobServiceGetJobResponse.FromString,
                 _registered_method=True)
         self.ListJobs = channel.unary_unary(
                 '/dptrain.v1.JobService/ListJobs',
@@ -175,8 +175,8 @@ def add_JobServiceServicer_to_server(servicer, server):
             ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
-                    request_deserializer=dptrain_dot_v1_dot_job__service__pb2.GetJobRequest.FromString,
-                    response_serializer=dptrain_dot_v1_dot_job__service__pb2.GetJobResponse.SerializeToString,
+                    request_deserializer=dptrain_dot_v1_dot_job__service__pb2.JobServiceGetJobRequest.FromString,
+                    response_serializer=dptrain_dot_v1_dot_job__service__pb2.JobServiceGetJobResponse.SerializeToString,
             ),
             'ListJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJobs,
@@ -273,8 +273,8 @@ class JobService(object):
             request,
             target,
             '/dptrain.v1.JobService/GetJob',
-            dptrain_dot_v1_dot_job__service__pb2.GetJobRequest.SerializeToString,
-            dptrain_dot_v1_dot_job__service__pb2.GetJobResponse.FromString,
+            dptrain_dot_v1_dot_job__service__pb2.JobServiceGetJobRequest.SerializeToString,
+            dptrain_dot_v1_dot_job__service__pb2.JobServiceGetJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,7 +20,7 @@ class JobServiceStub:
     def __init__(self, channel: _grpc.Channel) -> None: ...
     CreateJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.CreateJobRequest, _job_service_pb2.CreateJobResponse]
     """Accept a job. When the answer is there the job is on the disk. Role: submit."""
-    GetJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]
+    GetJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.JobServiceGetJobRequest, _job_service_pb2.JobServiceGetJobResponse]
     """One job with its progress. Role: read."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ListJobsRequest, _job_service_pb2.ListJobsResponse]
     """Jobs, newest first unless ordered otherwise. Role: read."""
@@ -59,9 +59,9 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def GetJob(
         self,
-        request: _job_service_pb2.GetJobRequest,
+        request: _job_service_pb2.JobServiceGetJobRequest,
         context: _grpc.ServicerContext,
-    ) -> _job_service_pb2.GetJobResponse:
+    ) -> _job_service_pb2.JobServiceGetJobResponse:
         """One job with its progress. Role: read."""
 
     @_abc_1.abstractmethod
