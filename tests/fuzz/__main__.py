@@ -10,7 +10,7 @@ from importlib import import_module
 from tests.fuzz.attack import Tally, attack
 from tests.fuzz.target import Target
 
-TARGETS = ("every_server",)
+TARGETS = ("every_server", "service")
 """Modules of this package with ``round(seed)``."""
 CALLS = 500
 """Of one attacker, over one connection, before the next one comes."""
