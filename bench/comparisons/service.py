@@ -20,6 +20,7 @@ from bench.interleave import interleaved, spread
 from bench.options import Options
 from bench.spawn import Found, NotRun
 from dptrain.errors import DptrainError
+from dptrain.job.load import load_job
 from dptrain.rundir import JOURNAL
 from dptrain.service import keeper
 from dptrain.service.client import Client
@@ -135,10 +136,12 @@ def _submits(number: int) -> Found:
         with served.client() as client:
             client.submit(served.folder / "job.toml")  # holds the slot
 
+        job = load_job(served.folder / "job.toml")
+
         def submit(count: int) -> None:
             with served.client() as client:
                 for _ in range(count):
-                    client.submit(served.folder / "job.toml")
+                    client.submit(job)
 
         begun = time.perf_counter()
         with ThreadPoolExecutor(SUBMITTERS) as pool:
