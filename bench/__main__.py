@@ -9,6 +9,7 @@ startup   from mpirun to the first step
 recovery  from the death of a worker to the next step, beside torchrun
 survival  what being able to survive costs while nothing happens
 service   the job service: submits, lists, followers, the way to the first step
+page      the page's first view in a browser
 
 Each leaves a table, a plot and all figures in bench/results. Needs ``pip install '.[mpich,bench]'`` in an environment
 of its own; BENCH_TORCH and BENCH_JAX may name Pythons of other environments for those peers. What needs Open MPI takes
@@ -19,7 +20,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from bench.comparisons import exchange, memory, recovery, service, sharding, startup, steps, survival
+from bench.comparisons import exchange, memory, page, recovery, service, sharding, startup, steps, survival
 from bench.options import RESULTS, Options
 from bench.workload import CASES
 
@@ -33,6 +34,7 @@ WHAT = {
     "recovery": recovery.main,
     "survival": survival.main,
     "service": service.main,
+    "page": page.main,
 }
 
 

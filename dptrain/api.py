@@ -71,7 +71,7 @@ class Trained:
 
     def predict(self, x: Any) -> Array:
         """The model's output for raw rows (n, ...) as in the data's source: logits, or numbers in their own unit."""
-        encoded = self.encoding.encode(x, self.weights.dtype)
+        encoded = self.encoding.encode(x, np.int64 if self.encoding.integer else self.weights.dtype)
         with self._arithmetic():
             z = self._forward(encoded)
         return self.encoding.decode_target(z)

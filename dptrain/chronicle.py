@@ -20,6 +20,7 @@ from dptrain.layout import Array
 from dptrain.membership import Membership
 from dptrain.phases import NAMES, Phase, Phases
 from dptrain.rule import Rule
+from dptrain.scalars import Scalars
 from dptrain.state import State
 from dptrain.straggler import Pace, Slowest
 from dptrain.watch import Observer, Unwatched
@@ -47,6 +48,7 @@ class Chronicle:
     ) -> None:
         self.journal: Journal | None = None
         self.writer: Writer | None = None
+        self.scalars: Scalars | None = None
         self.observer: Observer = Unwatched()
         self.rule, self.output, self.lr = rule, output, lr
         self.slot_names, self.facts = slot_names, facts
@@ -68,9 +70,9 @@ class Chronicle:
         self._phases_told = self._phases
         self._clear()
 
-    def lead(self, journal: Journal, writer: Writer, observer: Observer) -> None:
+    def lead(self, journal: Journal, writer: Writer, observer: Observer, scalars: Scalars | None = None) -> None:
         """From now on this worker is the chief."""
-        self.journal, self.writer, self.observer = journal, writer, observer
+        self.journal, self.writer, self.observer, self.scalars = journal, writer, observer, scalars
         self._last_checkpoint = time.perf_counter()
 
     def renew(self, membership: Membership, kept: Sequence[int]) -> None:
@@ -169,6 +171,8 @@ class Chronicle:
         if self.journal is not None:
             with contextlib.suppress(StorageError):
                 self.journal.close()
+        if self.scalars is not None:
+            self.scalars.close()
 
     def _clear(self) -> None:
         self._steps = self._skipped = 0
@@ -207,6 +211,12 @@ class Chronicle:
 
     def _write(self, line: dict[str, Any]) -> None:
         """Lines that a full disk refuses are kept and tried again with the next."""
+        if self.scalars is not None:
+            try:
+                self.scalars.write(line)
+            except StorageError as error:
+                self.scalars = None
+                self.observer.warned(f"training goes on without TensorBoard's curves: {error}")
         if self.journal is None:
             return
         failing = bool(self._lag)

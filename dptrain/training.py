@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dptrain import arithmetic, supervision
+from dptrain import arithmetic, scalars, supervision
 from dptrain.chronicle import Chronicle
 from dptrain.corruption import Auditor, set_aside
 from dptrain.errors import CorruptionError, WorkerLost
@@ -19,6 +19,7 @@ from dptrain.parts import HOST, Parts
 from dptrain.phases import Phase, Phases
 from dptrain.recovery import Recovery
 from dptrain.result import Result
+from dptrain.scalars import Scalars
 from dptrain.state import State
 from dptrain.trace import Trace
 from dptrain.watch import Observer, Unwatched
@@ -205,8 +206,8 @@ class _Run:
         self.attempt = journal.attempt
         layout = self.parts.assembly.model.layout
         writer = checkpoint.Writer(self.origin.run_dir / rundir.CHECKPOINTS, layout, self.job.output.generations)
-        self.chronicle.lead(journal, writer, self.observer)
         step = self.worker.state.step if succeeds else self.origin.manifest["step"] if self.origin.manifest else 0
+        self.chronicle.lead(journal, writer, self.observer, self._scalars(step))
         supervision.opened(self.origin.run_dir, self.attempt, step)
         self.observer.started(
             {
@@ -226,6 +227,13 @@ class _Run:
                 "succeeds": succeeds,
             }
         )
+
+    def _scalars(self, step: int) -> Scalars | None:
+        wanted = self.job.output.tensorboard
+        if wanted == "never":
+            return None
+        patience = 0 if wanted == "always" else scalars.PATIENCE
+        return Scalars(self.origin.run_dir, attempt=self.attempt, step=step, patience=patience)
 
     def _worker(self, state: State) -> Worker:
         return Worker(

@@ -29,6 +29,13 @@ app.add_typer(certs, name="certs")
 app.add_typer(token, name="token")
 
 
+class Kind(StrEnum):
+    """What a model can be exported as."""
+
+    safetensors = "safetensors"
+    onnx = "onnx"
+
+
 class Context(NamedTuple):
     """What the entry point found out: the launcher's word, and the way to the other workers if there are any."""
 
@@ -246,6 +253,46 @@ def predict(
     from dptrain.cli.inference import predict
 
     predict(run, data, out, classes)
+
+
+@app.command(epilog="Example: [bold]dptrain export runs/digits --format onnx --out digits.onnx[/]")
+def export(
+    run: RunDir,
+    kind: Annotated[Kind, typer.Option("--format", help="onnx needs the extra of that name.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Default: model.safetensors or model.onnx in the run.")
+    ] = None,
+) -> None:
+    """Write a run's model to one file that other programs read: from raw features to outputs."""
+    from dptrain.export import export
+
+    print(export(run, kind.value, out))
+
+
+@app.command(
+    epilog="Example: [bold]dptrain compare runs/a runs/b --json[/]",
+)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Directories of runs.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say in what runs differ: the job's keys, figures, bits, speed; and draw their curves."""
+    from dptrain.cli.compare import show
+
+    show(runs, as_json)
+
+
+@app.command(epilog="Example: [bold]dptrain page runs --listen 127.0.0.1:8470[/]")
+def page(
+    runs: Annotated[Path, typer.Argument(metavar="[RUNS]", help="A folder of runs, or one run.")] = Path("runs"),
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="HOST:PORT", help="A loopback address; port 0: any that is free.")
+    ] = "127.0.0.1:8470",
+) -> None:
+    """Show runs and their live curves in a browser, without a service (extra service)."""
+    from dptrain.cli.page import serve
+
+    serve(runs, listen)
 
 
 @app.command(epilog="Example: [bold]dptrain doctor --json[/]")

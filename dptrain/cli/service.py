@@ -100,6 +100,9 @@ def serve(
     metrics: Annotated[
         str | None, typer.Option("--metrics", metavar="HOST:PORT", help="Answer Prometheus here (loopback only).")
     ] = None,
+    page: Annotated[
+        str | None, typer.Option("--page", metavar="HOST:PORT", help="Show jobs in a browser here (extra service).")
+    ] = None,
 ) -> None:
     """Take jobs over gRPC, queue them, run them, and survive whatever happens. Jobs go on when this ends."""
     from dptrain.service import server
@@ -119,6 +122,7 @@ def serve(
         quota=int(quota * 1e9),
         keep=(keep_days * 86400.0, int(keep_gb * 1e9)),
         metrics=None if metrics is None else address.parse(metrics),
+        page=None if page is None else address.parse(page),
         job_limits=Limits(memory_bytes=int(job_memory * 1e9)),
     )
     from dptrain.cli.service_process import keep_serving

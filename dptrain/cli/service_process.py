@@ -17,6 +17,8 @@ def keep_serving(options: Options) -> None:
         with JobServer(options, os.environ) as server:
             address = server.address
             print(f"dptrain serves at {address}", flush=True)
+            if options.page is not None:
+                print(f"its page: {server.page}", flush=True)
             print(f"jobs are kept in {options.data}; Ctrl-C ends the server, not the jobs", flush=True)
             if known.path_of(address, os.environ).exists():
                 print(f"try: dptrain submit JOB.toml -f{_elsewhere(str(address))}", flush=True)

@@ -383,13 +383,17 @@ class Exchange(Spec):
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class Output(Spec):
-    """What a run writes and when. ``journal_steps`` 0 means as often as keeps the journal small."""
+    """What a run writes and when. ``journal_steps`` 0 means as often as keeps the journal small.
+
+    ``tensorboard`` auto: an event file for TensorBoard in runs that last ten seconds or more.
+    """
 
     runs: str = "runs"
     journal_steps: Natural = 0
     checkpoint_seconds: NonNegative = 30.0
     checkpoint_steps: Natural = 0
     generations: Count = 3
+    tensorboard: Literal["auto", "always", "never"] = "auto"
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

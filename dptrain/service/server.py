@@ -88,6 +88,7 @@ class Options:
     quota: int = 10 << 30
     keep: tuple[float, int] = (0.0, 0)
     metrics: Address | None = None
+    page: Address | None = None
     job_limits: JobLimits = field(default_factory=JobLimits)
     limits: Limits = field(default_factory=lambda: Limits(calls=CALLS))
 
@@ -139,6 +140,14 @@ class JobServer:
 
             self.exposition = Exposition(self.desk, options.metrics)
             left.callback(self.exposition.close)
+        if options.page is not None:
+            from dptrain.service.page.jobs import Jobs
+            from dptrain.service.page.server import Certificate, PageServer
+
+            tls = None if options.tls is None else Certificate(options.tls.certificate, options.tls.key)
+            page = PageServer(Jobs(self.desk, slots), options.page.host, options.page.port, door=tokens, tls=tls)
+            left.callback(page.close)
+            self.page = page.address
         conductor.start()
         left.callback(conductor.close)
         # First of all those who wait are let go, or the end would wait for them.
