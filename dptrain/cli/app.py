@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from dptrain import launch
-from dptrain.cli import service
+from dptrain.cli import access, service
 
 app = typer.Typer(
     name="dptrain",
@@ -150,7 +150,8 @@ def run(
 @app.command("param-server", epilog="Example: [bold]dptrain param-server job.toml --listen unix:/tmp/ps.sock[/]")
 def param_server(
     listen: Annotated[
-        str, typer.Option("--listen", metavar="ADDR", help="unix:PATH, or HOST:PORT of this machine alone.")
+        str,
+        typer.Option("--listen", metavar="ADDR", help="unix:PATH or HOST:PORT; beyond loopback with tokens and TLS."),
     ],
     job: JobFile = None,
     sets: Sets = None,
@@ -171,12 +172,20 @@ def param_server(
     standby_of: Annotated[
         str, typer.Option("--standby-of", metavar="ADDR", help="Follow the server there, and go on when it dies.")
     ] = "",
+    tokens: access.Tokens = None,
+    tls_cert: access.TlsCert = None,
+    tls_key: access.TlsKey = None,
+    tls_clients: access.TlsClients = None,
+    token_file: access.Token = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
-    """Train a job with the workers that join: its parameter server."""
+    """Train a job with the workers that join: its parameter server. A standby shows itself as a worker does."""
     from dptrain.cli.parameter_server import serve
     from dptrain.cli.run import Request
 
-    serve(Request(job, tuple(sets or ()), None, run_dir, resume, progress.value, trace), listen, standby, standby_of)
+    asked = Request(job, tuple(sets or ()), None, run_dir, resume, progress.value, trace)
+    kept = access.serving(tokens, tls_cert, tls_key, tls_clients)
+    serve(asked, listen, standby, standby_of, serving=kept, calling=access.calling(token_file, tls_ca))
 
 
 @app.command(epilog="Example: [bold]dptrain worker --server unix:/tmp/ps.sock[/]")
@@ -192,11 +201,14 @@ def worker(
         int,
         typer.Option("--processes", metavar="N", help="Compute with N processes of this machine, summing here.", min=1),
     ] = 1,
+    token_file: access.Token = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Compute for a parameter server, which says what."""
     from dptrain.joined import work
 
-    raise typer.Exit(work(server.split(","), data=data, processes=processes))
+    calling = access.calling(token_file, tls_ca)
+    raise typer.Exit(work(server.split(","), data=data, processes=processes, calling=calling))
 
 
 @app.command(epilog="Example: [bold]dptrain check job.toml --set train.shards=4 -n 8[/]")

@@ -2,14 +2,20 @@
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from dptrain import launch, supervision
 from dptrain.cli import terminal
 from dptrain.cli.progress import observer
 from dptrain.cli.run import Request, job_path
 
+if TYPE_CHECKING:
+    from dptrain.wire.security import Calling, Serving
 
-def serve(request: Request, listen: str, standby: bool = False, standby_of: str = "") -> None:
+
+def serve(
+    request: Request, listen: str, standby: bool, standby_of: str, *, serving: "Serving", calling: "Calling"
+) -> None:
     """Train as asked; see :func:`dptrain.serve.serve`. Raises DptrainError."""
     from dptrain.job.load import load_job
     from dptrain.serve import serve
@@ -33,6 +39,8 @@ def serve(request: Request, listen: str, standby: bool = False, standby_of: str 
             listen,
             standby=standby,
             standby_of=standby_of,
+            serving=serving,
+            calling=calling,
             ready=ready,
             run_dir=request.run_dir,
             resume=request.resume,

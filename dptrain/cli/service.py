@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dptrain.cli import access
 from dptrain.errors import DptrainError, UsageError
 
 if TYPE_CHECKING:
@@ -52,9 +53,6 @@ TokenFile = Annotated[
     Path | None,
     typer.Option("--token-file", metavar="FILE", help="Default: DPTRAIN_TOKEN, or the server's own on this machine."),
 ]
-TlsCa = Annotated[
-    Path | None, typer.Option("--tls-ca", metavar="PEM", envvar="DPTRAIN_TLS_CA", help="The CA of the server.")
-]
 Form = Annotated[Output, typer.Option("-o", "--output", help="A table, or JSON.")]
 JobId = Annotated[
     str,
@@ -77,13 +75,9 @@ def serve(
     slots: Annotated[
         int, typer.Option("--slots", metavar="N", min=0, help="Workers that run at a time. Default: one a core.")
     ] = 0,
-    tls_cert: Annotated[
-        Path | None, typer.Option("--tls-cert", metavar="PEM", help="The server's certificate.")
-    ] = None,
-    tls_key: Annotated[Path | None, typer.Option("--tls-key", metavar="PEM", help="Its key.")] = None,
-    tls_clients: Annotated[
-        Path | None, typer.Option("--tls-clients", metavar="PEM", help="A CA: only clients with its certificates.")
-    ] = None,
+    tls_cert: access.TlsCert = None,
+    tls_key: access.TlsKey = None,
+    tls_clients: access.TlsClients = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let jobs bring models in Python and environment variables.")
     ] = False,
@@ -108,16 +102,13 @@ def serve(
     from dptrain.service import server
     from dptrain.service.runner import Limits
     from dptrain.wire import address
-    from dptrain.wire.security import ServerTls
 
-    if (tls_cert is None) != (tls_key is None) or (tls_clients is not None and tls_cert is None):
-        raise UsageError("TLS", expected="--tls-cert and --tls-key", found="one of them", cure="give both, or neither")
     options = server.Options(
         listen=address.parse(listen),
         data=data,
         slots=slots,
         shared=datasets,
-        tls=None if tls_cert is None or tls_key is None else ServerTls(tls_cert, tls_key, tls_clients),
+        tls=access.server_tls(tls_cert, tls_key, tls_clients),
         allow_code=allow_code,
         quota=int(quota * 1e9),
         keep=(keep_days * 86400.0, int(keep_gb * 1e9)),
@@ -153,7 +144,7 @@ def submit(
     output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Submit a job. When the command ends the job is on the server's disk."""
     from dptrain.cli.service_shown import as_json
@@ -194,7 +185,7 @@ def jobs(
     output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """List jobs, the newest first."""
     from itertools import islice
@@ -224,7 +215,7 @@ def show(
     output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Tell all of one job."""
     with _client(server, token_file, tls_ca) as client:
@@ -242,7 +233,7 @@ def logs(
     output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Show what a job printed. With -f the exit code is the job's: 0 done, 1 failed or cancelled."""
     with _client(server, token_file, tls_ca) as client:
@@ -255,7 +246,7 @@ def wait(
     output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Return when a job has ended, with its exit code: 0 done, 1 failed or cancelled."""
     with _client(server, token_file, tls_ca) as client:
@@ -272,7 +263,7 @@ def cancel(
     output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """End a job; it writes a checkpoint within the grace."""
     with _client(server, token_file, tls_ca) as client:
@@ -284,7 +275,7 @@ def pause(
     output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Stop a job with a checkpoint, and give its slots to others."""
     with _client(server, token_file, tls_ca) as client:
@@ -296,7 +287,7 @@ def resume(
     output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Queue a paused job again."""
     with _client(server, token_file, tls_ca) as client:
@@ -311,7 +302,7 @@ def retry(
     output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Queue a failed or cancelled job again; it goes on from a checkpoint."""
     with _client(server, token_file, tls_ca) as client:
@@ -322,7 +313,7 @@ def delete(
     job: JobId,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Remove a job that has ended, with all of its files."""
     with _client(server, token_file, tls_ca) as client:
@@ -338,7 +329,7 @@ def metrics(
     output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Show a job's curves."""
     from dptrain.cli.service_shown import as_json, series_table
@@ -358,7 +349,7 @@ def download(
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Checkpoints too.")] = False,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Bring a job's run home, for `dptrain eval`, `predict` and `export`. Every file is checked."""
     with _client(server, token_file, tls_ca) as client:
@@ -378,7 +369,7 @@ def upload(
     output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Bring data to the server."""
     from dptrain.cli.service_shown import as_json
@@ -392,7 +383,7 @@ def cluster(
     output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Say who the server is, and which machines it has."""
     from dptrain.cli.service_shown import all_as_json, nodes_table, pairs_table

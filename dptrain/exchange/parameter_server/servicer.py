@@ -110,7 +110,7 @@ class Servicer:
             link.end()
 
         def hear() -> None:
-            with contextlib.suppress(grpc.RpcError, StopIteration, ValueError):
+            with contextlib.suppress(grpc.RpcError, DptrainError, ValueError):
                 link.listen(requests)
             link.end()
 
