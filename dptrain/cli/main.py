@@ -20,7 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     place = launch.announced(os.environ)
     if place.alone:
-        sys.exit(_code_of(lambda: _command_line(argv, place, None), place))
+        code = _code_of(lambda: _command_line(argv, place, None), place)
+        server = sys.modules.get("dptrain.wire.server")
+        if server is not None and server.abandoned:
+            # Threads that wait for a stopped caller would be waited for.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
     code = _code_of(lambda: _worker(argv, place), place)
     mpi = sys.modules.get("dptrain.exchange.mpi")
     if mpi is not None and mpi.survived:

@@ -23,6 +23,12 @@ from dptrain.wire.security import Serving
 from dptrain.wire.tokens import Role
 from dptrain.wire.version import Version
 
+_UNREAD = 2.0
+"""Seconds after which a call that was ended must be over."""
+
+abandoned = False
+"""Whether calls of this process are left behind, whose threads would keep its interpreter from ending."""
+
 
 @dataclass(frozen=True, slots=True)
 class Service:
@@ -86,14 +92,22 @@ class Server:
         self._health.set(healthy)
 
     def stop(self, grace_seconds: float = 0.0) -> None:
-        """Take no more calls, give those under way ``grace_seconds``, then end them. Returns when all is over."""
-        self._health.end()
-        self._server.stop(grace_seconds).wait()
-        self._close()
+        """Take no more calls, give those under way ``grace_seconds``, then end them. Returns when all is over.
 
-    def _close(self) -> None:
-        self._server.stop(None).wait()
-        self._pool.shutdown(wait=True)
+        A caller that is stopped and whose connection is full keeps its call from ending for as long as it is there:
+        such calls are left behind, ``abandoned``.
+        """
+        self._health.end()
+        over = self._server.stop(grace_seconds).wait(grace_seconds + _UNREAD)
+        self._close(over)
+
+    def _close(self, over: bool = True) -> None:
+        global abandoned
+        if over:
+            self._server.stop(None).wait()
+        else:
+            abandoned = True
+        self._pool.shutdown(wait=over)
         if self._path is not None:
             self._path.leave()
 
