@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from dptrain.phases import Phase
 from tests.faults.fault import Fault, Outcome, Tally, mixed, perform
 
 WEIGHTS = {"process": 4, "series": 2, "hang": 2, "network": 1, "storage": 3, "data": 1}
@@ -24,9 +25,16 @@ FARTHEST = 100_000
 """Faults that are looked through for one by name."""
 
 
-def chosen(kinds: Sequence[str], seed: int, name: str) -> Iterator[Fault]:
-    """The campaign of a seed, or the one fault of that name."""
-    sources = {kind: import_module(f"tests.faults.{kind}").faults(seed) for kind in kinds}
+AIMED = ("process", "series")
+"""The kinds whose faults aim at phases."""
+
+
+def chosen(kinds: Sequence[str], seed: int, name: str, phases: Sequence[Phase] = ()) -> Iterator[Fault]:
+    """The campaign of a seed, or the one fault of that name. ``phases``: what to aim at (none: at all)."""
+    sources = {kind: import_module(f"tests.faults.{kind}").faults for kind in kinds}
+    sources = {
+        kind: faults(seed, phases) if phases and kind in AIMED else faults(seed) for kind, faults in sources.items()
+    }
     if not name:
         return mixed(sources, WEIGHTS, seed)
     everything = itertools.chain.from_iterable(itertools.islice(some, FARTHEST) for some in sources.values())
@@ -65,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--part", type=part_of, default=(1, 1), metavar="I/N", help="only each N-th fault, from the I-th"
     )
+    named = {phase.name.lower(): phase for phase in Phase}
+    parser.add_argument(
+        "--phases", nargs="+", choices=list(named), default=[], metavar="PHASE", help="aim at these only"
+    )
     parser.add_argument("--record", type=Path, metavar="FILE", help="add a line for each fault to a file")
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only print the table of such files")
     asked = parser.parse_args(arguments)
@@ -83,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = 0
     try:
         part, parts = asked.part
-        campaign = itertools.islice(chosen(asked.kinds, seed, asked.name), part - 1, asked.runs, parts)
+        campaign = itertools.islice(
+            chosen(asked.kinds, seed, asked.name, [named[name] for name in asked.phases]), part - 1, asked.runs, parts
+        )
         for number, fault in enumerate(campaign):
             folder = work / f"{number:05d}"
             started = time.monotonic()

@@ -3,7 +3,7 @@
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +34,11 @@ PHASES = (
 HOW_MANY = ("one", "one", "one", "one", "several", "several", "all but one", "all")
 
 
-def faults(seed: int) -> Iterator[Fault]:
-    """Deaths without end, every phase in turn."""
+def faults(seed: int, phases: Sequence[Phase] = PHASES) -> Iterator[Fault]:
+    """Deaths without end, every one of ``phases`` in turn."""
     number = 0
     while True:
-        for phase in PHASES:
+        for phase in phases:
             one = seed * 1_000_003 + number
             rng = random.Random(one)
             how_many = rng.choice(HOW_MANY)

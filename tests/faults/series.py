@@ -2,11 +2,12 @@
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from dptrain.board import STEP
+from dptrain.phases import Phase
 from tests.faults import jobs
 from tests.faults.fault import Fault, Outcome
 from tests.faults.live import Job, begun, pace, until, usual_step
@@ -21,21 +22,21 @@ STEPS = 640
 WORKERS = (6, 7, 8)
 
 
-def faults(seed: int) -> Iterator[Fault]:
+def faults(seed: int, phases: Sequence[Phase] = PHASES) -> Iterator[Fault]:
     """Series without end; in each, phases come in an order of its own."""
     number = 0
     while True:
         one = seed * 1_000_003 + number
-        yield Fault(KIND, f"SIGKILL again and again, seed {one}", partial(kill, seed=one))
+        yield Fault(KIND, f"SIGKILL again and again, seed {one}", partial(kill, seed=one, phases=phases))
         number += 1
 
 
-def kill(folder: Path, *, seed: int) -> Outcome:
+def kill(folder: Path, *, seed: int, phases: Sequence[Phase] = PHASES) -> Outcome:
     """Kill workers of a job one after the other, see it go on each time, and what becomes of it."""
     rng = random.Random(seed)
     job = jobs.choose(rng).of(STEPS)
     workers = rng.choice(WORKERS)
-    phases = rng.sample(PHASES, len(PHASES))
+    phases = rng.sample(phases, len(phases))
     to_the_last = rng.random() < 0.1
     truth = undisturbed(job.text)
     place = Surroundings(folder)
