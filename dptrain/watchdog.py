@@ -4,8 +4,8 @@ It looks at the board that the workers' own loops write to (no thread beats for 
 waits for others counts its polls there, so one that gives no sign of life for its deadline is not waiting: it is
 stuck, or stopped, and is ended by SIGKILL; the others survive that as any death. The deadline is ``hang_seconds`` or
 ten times the usual step, whichever is more; before the first step is done, and while it evaluates or writes, a worker
-has ``patience``, unless it is stopped. Where all workers of a job are stopped somebody paused it, and nobody is ended.
-Where others are on other machines they wait for those, paused or not.
+has ``patience``, unless it is stopped; while it recovers, half a minute of it. Where all workers of a job are stopped
+somebody paused it, and nobody is ended. Where others are on other machines they wait for those, paused or not.
 """
 
 import contextlib
@@ -26,6 +26,9 @@ REAPED = 2.0
 
 USUAL = 10
 """Times the usual step that a worker may give no sign of life."""
+
+RECOVERING = 30.0
+"""Seconds without a sign of life in a recovery, which takes milliseconds: then it is MPI itself that is stuck."""
 
 _UNHURRIED = frozenset({Phase.OTHER, Phase.EVALUATION, Phase.CHECKPOINT, Phase.RECOVERY})
 
@@ -60,6 +63,8 @@ class Watched:
     def deadline(self, stopped: bool, hang_seconds: float, patience: float) -> float:
         """Seconds that it may give no sign of life."""
         short = max(hang_seconds, USUAL * self.usual)
+        if self.cell[PHASE] == Phase.RECOVERY:
+            patience = min(patience, RECOVERING)
         unhurried = self.cell[BEGUN] < 2 or self.cell[PHASE] in _UNHURRIED
         return short if stopped or not unhurried else max(short, patience)
 

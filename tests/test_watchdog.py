@@ -14,7 +14,7 @@ from dptrain.board import BEAT, BEGUN, BORN, ENDED, PHASE, PID, RANK, STEP, Cell
 from dptrain.phases import Phase, Phases
 from dptrain.processes import process
 from dptrain.supervision import FOLDER
-from dptrain.watchdog import Watchdog
+from dptrain.watchdog import RECOVERING, Watchdog
 
 HANG, PATIENCE, TICK = 5.0, 60.0, 0.25
 
@@ -117,7 +117,7 @@ def test_a_pause_shorter_than_the_deadline_ends_nobody(workers: Workers) -> None
     assert workers.living == [0, 1, 2]
 
 
-@pytest.mark.parametrize("phase", [Phase.EVALUATION, Phase.CHECKPOINT, Phase.OTHER, Phase.RECOVERY])
+@pytest.mark.parametrize("phase", [Phase.EVALUATION, Phase.CHECKPOINT, Phase.OTHER])
 def test_there_is_patience_with_what_takes_long_but_not_with_a_stopped_one(workers: Workers, phase: Phase) -> None:
     made = dog(workers)
     workers.own[0][PHASE] = workers.own[1][PHASE] = phase
@@ -126,6 +126,16 @@ def test_there_is_patience_with_what_takes_long_but_not_with_a_stopped_one(worke
     assert workers.living == [1, 2]
     look(made, PATIENCE, 2)
     assert workers.living == [2]
+
+
+def test_a_recovery_that_is_stuck_is_ended_long_before_other_patience_ends(workers: Workers) -> None:
+    made = Watchdog(workers.cells, HANG, 20 * RECOVERING)
+    for cell in workers.own:
+        cell[STEP], cell[BEGUN], cell[PHASE] = 5, 5, Phase.RECOVERY
+    look(made, RECOVERING - 2 * TICK, 0)
+    assert workers.living == [0, 1, 2]
+    look(made, 4 * TICK, 0)
+    assert workers.living == [0]
 
 
 def test_before_the_first_step_is_done_there_is_patience(workers: Workers) -> None:
