@@ -167,6 +167,7 @@ class Cluster:
         own = {
             "PRTE_MCA_plm_ssh_agent": str(self._agent),
             "HYDRA_LAUNCHER_EXEC": str(self._agent),
+            "HYDRA_IFACE": "eth0",
             # All nodes share this machine's cores, which no MPI can know.
             "OMPI_MCA_mpi_yield_when_idle": "1",
         }
