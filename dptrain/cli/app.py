@@ -60,6 +60,14 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as optimizer.lr=0.05. Repeatable."),
 ]
+KeptIn = Annotated[
+    Path | None,
+    typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. Default: a new one in runs/."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint in --run-dir.")]
+Progress = Annotated[
+    Watch, typer.Option("--progress", envvar="DPTRAIN_PROGRESS", help="A bar, plain lines, or the end alone.")
+]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
 
 
@@ -101,16 +109,9 @@ def run(
             help="Start them on these hosts, each a line: `host slots=N` or `host:N`. -n is all slots by default.",
         ),
     ] = None,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. Default: a new one in runs/."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest good checkpoint in --run-dir.")
-    ] = False,
-    progress: Annotated[
-        Watch, typer.Option("--progress", envvar="DPTRAIN_PROGRESS", help="A bar, plain lines, or the end alone.")
-    ] = Watch.auto,
+    run_dir: KeptIn = None,
+    resume: Resume = False,
+    progress: Progress = Watch.auto,
     trace: Annotated[
         Path | None,
         typer.Option("--trace", metavar="FILE", help="Write where every worker's time goes, for ui.perfetto.dev."),
@@ -155,16 +156,9 @@ def param_server(
     ],
     job: JobFile = None,
     sets: Sets = None,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. Default: a new one in runs/."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest good checkpoint in --run-dir.")
-    ] = False,
-    progress: Annotated[
-        Watch, typer.Option("--progress", envvar="DPTRAIN_PROGRESS", help="A bar, plain lines, or the end alone.")
-    ] = Watch.auto,
+    run_dir: KeptIn = None,
+    resume: Resume = False,
+    progress: Progress = Watch.auto,
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE", help="Write where the server's time goes.")
     ] = None,
