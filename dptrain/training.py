@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dptrain import arithmetic, scalars, supervision
+from dptrain import arithmetic, supervision
 from dptrain.chronicle import Chronicle
 from dptrain.corruption import Auditor, set_aside
 from dptrain.errors import CorruptionError, WorkerLost
@@ -229,11 +229,9 @@ class _Run:
         )
 
     def _scalars(self, step: int) -> Scalars | None:
-        wanted = self.job.output.tensorboard
-        if wanted == "never":
+        if self.job.output.tensorboard == "never":
             return None
-        patience = 0 if wanted == "always" else scalars.PATIENCE
-        return Scalars(self.origin.run_dir, attempt=self.attempt, step=step, patience=patience)
+        return Scalars(self.origin.run_dir, attempt=self.attempt, step=step)
 
     def _worker(self, state: State) -> Worker:
         return Worker(

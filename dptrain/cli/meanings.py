@@ -116,5 +116,5 @@ MEANINGS = {
     "output.checkpoint_seconds": "Seconds between checkpoints; 0: none by time.",
     "output.checkpoint_steps": "Steps between checkpoints; 0: none by steps.",
     "output.generations": "How many checkpoints are kept.",
-    "output.tensorboard": "An event file for TensorBoard: auto (in runs of ten seconds or more), always, never.",
+    "output.tensorboard": "An event file for TensorBoard: always, never.",
 }

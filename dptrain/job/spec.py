@@ -385,7 +385,7 @@ class Exchange(Spec):
 class Output(Spec):
     """What a run writes and when. ``journal_steps`` 0 means as often as keeps the journal small.
 
-    ``tensorboard`` auto: an event file for TensorBoard in runs that last ten seconds or more.
+    ``tensorboard``: whether the run has an event file for TensorBoard.
     """
 
     runs: str = "runs"
@@ -393,7 +393,7 @@ class Output(Spec):
     checkpoint_seconds: NonNegative = 30.0
     checkpoint_steps: Natural = 0
     generations: Count = 3
-    tensorboard: Literal["auto", "always", "never"] = "auto"
+    tensorboard: Literal["always", "never"] = "always"
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
