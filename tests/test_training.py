@@ -82,7 +82,8 @@ def test_a_run_leaves_what_the_readme_says(tmp_path: Path) -> None:
     result = dptrain.train(JOBS["momentum"], run_dir=tmp_path / "run")
     folder = tmp_path / "run"
     left = {"checkpoints", "encoding.json", "job.toml", "journal.jsonl", "result.json", "weights.safetensors"}
-    assert {p.name for p in folder.iterdir()} == left
+    (events,) = (p.name for p in folder.glob("events.out.tfevents.*"))
+    assert {p.name for p in folder.iterdir()} == {*left, events}
     content = json.loads((folder / "result.json").read_text())
     assert content == asdict(result)
     assert content["state"] == "done"

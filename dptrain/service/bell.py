@@ -1,19 +1,19 @@
 """Waiting for what others do: a counter for each thing, and a wait for it to move."""
 
 import threading
-import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 
 class Bell:
-    """Threads wait for a key to be rung. A ring between looking and waiting is not missed: each wait names the count
-    that it saw.
+    """Threads wait for a key to be rung, and only those that wait for it are woken. A ring between looking and waiting
+    is not missed: each wait names the count that it saw.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._waiting: defaultdict[str, set[threading.Event]] = defaultdict(set)
         self._closed = False
         self._listeners: list[Callable[[tuple[str, ...]], None]] = []
 
@@ -23,25 +23,33 @@ class Bell:
 
     def ring(self, *keys: str) -> None:
         """Something has happened to these keys."""
-        with self._changed:
+        with self._lock:
             self._counts.update(keys)
-            self._changed.notify_all()
+            woken = {event for key in keys for event in self._waiting.get(key, ())}
+        for event in woken:
+            event.set()
         for listener in self._listeners:
             listener(keys)
 
     def count(self, key: str) -> int:
         """How often it was rung so far. Take it before looking at the thing itself."""
-        with self._changed:
+        with self._lock:
             return self._counts[key]
 
     def wait_any(self, seen: Sequence[tuple[str, int]], seconds: float) -> bool:
         """Return True when a key's count is another than was seen, False after some time or when all is closed."""
-        until = time.monotonic() + seconds
-        with self._changed:
-            while not self._moved(seen) and not self._closed:
-                left = until - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    break
+        woken = threading.Event()
+        with self._lock:
+            if self._closed or self._moved(seen):
+                return self._moved(seen)
+            for key, _ in seen:
+                self._waiting[key].add(woken)
+        woken.wait(seconds)
+        with self._lock:
+            for key, _ in seen:
+                self._waiting[key].discard(woken)
+                if not self._waiting[key]:
+                    del self._waiting[key]
             return self._moved(seen)
 
     def _moved(self, seen: Sequence[tuple[str, int]]) -> bool:
@@ -54,6 +62,8 @@ class Bell:
 
     def close(self) -> None:
         """Let everyone go who waits, now and later."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            woken = set().union(*self._waiting.values())
+        for event in woken:
+            event.set()

@@ -208,12 +208,13 @@ class Watched:
     """Rings a bell when a file has grown. One thread looks at all files that someone waits for."""
 
     EVERY = 0.1
-    """Seconds between looks."""
+    """Seconds between looks; more where hundreds wait, so that a busy server wakes them less often."""
 
     def __init__(self, ring: Callable[[str], None]) -> None:
         self._ring = ring
         self._lock = threading.Lock()
         self._sizes: dict[str, list[int]] = {}
+        self._waiting = 0
         self._ends = threading.Event()
         self._some = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watched", daemon=True)
@@ -244,9 +245,10 @@ class Watched:
         self._thread.join()
 
     def _look(self) -> None:
-        while self._some.wait() and not self._ends.wait(self.EVERY):
+        while self._some.wait() and not self._ends.wait(self.EVERY * (1 + self._waiting / 100)):
             with self._lock:
                 keys = list(self._sizes)
+                self._waiting = sum(number for _, number in self._sizes.values())
             for key in keys:
                 size = _size(key)
                 with self._lock:
@@ -258,18 +260,22 @@ class Watched:
                     self._ring(key)
 
 
-def _size(key: str) -> int:
+def size(path: "Path | str") -> int:
+    """How long a file is; 0 where there is none."""
     try:
-        return os.stat(key.removeprefix("file:")).st_size
+        return os.stat(path).st_size
     except OSError:
         return 0
 
 
+def _size(key: str) -> int:
+    return size(key.removeprefix("file:"))
+
+
 def last_error(log: Path, since: float) -> str:
     """The newest line on stderr in which dptrain says what ended a run, since a time; "" where there is none."""
-    size = log.stat().st_size if log.exists() else 0
     found = ""
-    for _, line in read(log, max(0, size - _READ)).lines:
+    for _, line in read(log, max(0, size(log) - _READ)).lines:
         if line.get("s") == "err" and line.get("t", 0) >= since and str(line.get("l", "")).startswith("dptrain: "):
             found = str(line["l"]).removeprefix("dptrain: ")
     return found

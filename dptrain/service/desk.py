@@ -63,16 +63,19 @@ class Desk:
         return self.runner.folder(job_id) / keeper.LOG
 
     def turns(
-        self, job_id: str, context: grpc.ServicerContext, *others: str, seconds: float = _LONGEST_WAIT
-    ) -> Iterator[None]:
-        """Once now, and again whenever the job has changed or one of the others was rung, as long as someone listens.
+        self, job: Job, context: grpc.ServicerContext, *others: str, seconds: float = _LONGEST_WAIT
+    ) -> Iterator[Job]:
+        """The job now, and again whenever it has changed or one of the others was rung, as long as someone listens.
 
         Raises UnreachableError when the server stops: whoever listened is to connect again.
         """
         bell = self.store.bell
+        known = -1
         while context.is_active():
-            seen = [(name, bell.count(name)) for name in (job_id, *others)]
-            yield
+            seen = [(name, bell.count(name)) for name in (job.id, *others)]
+            if seen[0][1] != known:
+                known, job = seen[0][1], self.store.get(job.id)
+            yield job
             bell.wait_any(seen, seconds)
             if bell.closed:
                 raise UnreachableError(

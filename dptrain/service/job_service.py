@@ -158,11 +158,10 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         self, request: job_service_pb2.WatchJobRequest, context: grpc.ServicerContext
     ) -> Iterator[job_service_pb2.WatchJobResponse]:
         """What happens to a job, from a cursor on."""
-        job = self.desk.find(request.job_id, context)
+        found = self.desk.find(request.job_id, context)
         number, told = cursor_of(request.cursor), 0
         seconds = _PROGRESS if request.with_progress else 5.0
-        for _ in self.desk.turns(job.id, context, seconds=seconds):
-            job = self.store.get(job.id)
+        for job in self.desk.turns(found, context, seconds=seconds):
             events = self.store.events(job.id, number)
             for event in events:
                 number = event.number

@@ -1,6 +1,9 @@
 """LogService: what a job printed."""
 
-from collections.abc import Callable, Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,12 +19,16 @@ _STREAMS = {"out": log_service_pb2.LOG_STREAM_STDOUT, "err": log_service_pb2.LOG
 _MOST_LINES = 500
 """In one message."""
 
+_MOST_SHARED = 16
+"""Pieces of logs that are kept for the next who asks."""
+
 
 class LogService(log_service_pb2_grpc.LogServiceServicer):
     """See log_service.proto."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
+        self._shared = _Shared()
 
     def TailLogs(
         self, request: log_service_pb2.TailLogsRequest, context: grpc.ServicerContext
@@ -34,20 +41,18 @@ class LogService(log_service_pb2_grpc.LogServiceServicer):
         offset = cursor_of(request.cursor)
         if request.tail:
             offset = max(offset, books.tail_of(path, request.tail, accept))
+        read = _read if request.HasField("rank") or request.HasField("since") else self._shared.read
         with self.desk.watched.file(path) as key:
-            for _ in self.desk.turns(job.id, context, key):
-                # First how the job stands, then its lines: what it printed before it ended is there by then.
-                job = self.desk.store.get(job.id)
+            # A turn has first how the job stands, then its lines: what it printed before it ended is there by then.
+            for now in self.desk.turns(job, context, key):
                 while True:
-                    lines, after = books.read(path, offset)
-                    told = [_told(at, line) for at, line in lines if accept(line)]
-                    for i in range(0, len(told), _MOST_LINES):
-                        yield log_service_pb2.TailLogsResponse(lines=told[i : i + _MOST_LINES])
+                    messages, after = read(path, offset, accept)
+                    yield from messages
                     if after == offset:
                         break
                     offset = after
-                if not request.follow or job.state in ENDED or job.state is State.PAUSED:
-                    yield log_service_pb2.TailLogsResponse(end=self._end(job))
+                if not request.follow or now.state in ENDED or now.state is State.PAUSED:
+                    yield log_service_pb2.TailLogsResponse(end=self._end(now))
                     return
 
     def _end(self, job: Job) -> log_service_pb2.LogEnd:
@@ -62,7 +67,39 @@ class LogService(log_service_pb2_grpc.LogServiceServicer):
         return end
 
 
-def _accept(request: log_service_pb2.TailLogsRequest) -> Callable[[dict[str, Any]], bool]:
+_Accept = Callable[[dict[str, Any]], bool]
+
+
+def _read(path: Path, offset: int, accept: _Accept) -> tuple[Sequence[log_service_pb2.TailLogsResponse], int]:
+    """The accepted ones of some lines after an offset as messages, and where the next begin."""
+    lines, after = books.read(path, offset)
+    told = [_told(at, line) for at, line in lines if accept(line)]
+    parts = range(0, len(told), _MOST_LINES)
+    return [log_service_pb2.TailLogsResponse(lines=told[i : i + _MOST_LINES]) for i in parts], after
+
+
+class _Shared:
+    """What many follow is read and made into messages once, for all who stand at the same place of a file."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Hashable, tuple[Sequence[log_service_pb2.TailLogsResponse], int]] = OrderedDict()
+
+    def read(self, path: Path, offset: int, accept: _Accept) -> tuple[Sequence[log_service_pb2.TailLogsResponse], int]:
+        """As ``_read``, of all lines."""
+        size = books.size(path)
+        if size == offset:
+            return (), offset
+        with self._lock:
+            found = self._kept.get((path, offset, size))
+            if found is None:
+                found = self._kept[path, offset, size] = _read(path, offset, accept)
+                if len(self._kept) > _MOST_SHARED:
+                    self._kept.popitem(last=False)
+        return found
+
+
+def _accept(request: log_service_pb2.TailLogsRequest) -> _Accept:
     rank = request.rank if request.HasField("rank") else None
     since = convert.seconds(request.since) if request.HasField("since") else 0.0
     return lambda line: (rank is None or line.get("r") == rank) and line.get("t", 0) >= since

@@ -61,8 +61,7 @@ class MetricService(metric_service_pb2_grpc.MetricServiceServicer):
         path, chosen = self.desk.journal(job.id), books.wanted(_names(request.names))
         offset = cursor_of(request.cursor)
         with self.desk.watched.file(path) as key:
-            for _ in self.desk.turns(job.id, context, key):
-                job = self.desk.store.get(job.id)
+            for now in self.desk.turns(job, context, key):
                 while True:
                     lines, after = books.read(path, offset)
                     if after == offset:
@@ -74,7 +73,7 @@ class MetricService(metric_service_pb2_grpc.MetricServiceServicer):
                         series=[_series(name, points) for name, points in sorted(curves.items())],
                         events=[_event(line) for _, line in lines if "event" in line],
                     )
-                if job.state in ENDED:
+                if now.state in ENDED:
                     yield metric_service_pb2.StreamMetricsResponse(cursor=str(offset), last=True)
                     return
 
