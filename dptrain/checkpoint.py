@@ -128,9 +128,13 @@ def _manifest(snapshot: Snapshot, layout: Layout, head: bytes) -> dict[str, Any]
     return manifest
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` generations."""
-    for old in generations(folder)[keep:]:
+def prune(folder: Path, keep: int, trusted: int | None = None) -> None:
+    """Remove all but the newest ``keep`` generations, and the newest of a step up to ``trusted``."""
+    found = generations(folder)
+    beyond_doubt = next((one for one in found if trusted is not None and step_of(one) <= trusted), None)
+    for old in found[keep:]:
+        if old == beyond_doubt:
+            continue
         # Half removed under its own name it would be a broken generation.
         removing = _unfinished(old)
         with contextlib.suppress(OSError):
@@ -297,10 +301,10 @@ class Writer:
         self.wait()
         return self._memory
 
-    def start(self, snapshot: Snapshot) -> None:
-        """Begin to write; waits for the one before."""
+    def start(self, snapshot: Snapshot, trusted: int | None = None) -> None:
+        """Begin to write; waits for the one before. Of steps up to ``trusted`` a generation stays, however old."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(snapshot, trusted), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -314,11 +318,11 @@ class Writer:
         failed, self.failed = self.failed, None
         return failed
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot, trusted: int | None) -> None:
         try:
             save(self.folder, snapshot, self.layout)
             self.written = snapshot.manifest["step"]
-            prune(self.folder, self.keep)
+            prune(self.folder, self.keep, trusted)
         except DptrainError as error:
             self.failed = error
         except Exception as error:  # nobody sees what is raised in a thread

@@ -59,6 +59,8 @@ class Chronicle:
         self.epoch_loss: float | None = None
         self.epoch_metrics: dict[str, float] = {}
         self.best: Array | None = None
+        # No finding of silent corruption can bring a step up to this into doubt; None where none is looked for.
+        self.trusted: int | None = None
         self._epoch = [0.0, 0.0]
         self._started = self._last_line = self._last_checkpoint = time.perf_counter()
         self._checkpointed = -1
@@ -250,7 +252,7 @@ class Chronicle:
         self.phases.begin(Phase.CHECKPOINT)
         self._checkpointed = state.step
         facts = {**self.facts, "epoch_loss": [self.epoch_loss, *self._epoch]}
-        writer.start(Snapshot.of(state, self.best, self.slot_names, facts, writer.memory()))
+        writer.start(Snapshot.of(state, self.best, self.slot_names, facts, writer.memory()), self.trusted)
         self.phases.begin(Phase.OTHER)
 
 

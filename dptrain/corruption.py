@@ -156,6 +156,7 @@ class Auditor:
         # The step of a finding that nobody could decide, until there is an agreement as far on.
         self._doubts: dict[str, int] = {}
         self._scratch: Array | None = None
+        self._trust()
 
     def settle(self) -> None:
         """Go back, where that is to be done; all workers call it, with the same finding or none."""
@@ -167,6 +168,7 @@ class Auditor:
         worker.state = self._go_back(finding.trusted)
         self._agreed = self._begun = worker.state.step
         self._cleared = {}
+        self._trust()
         if not finding.wrong:
             self._doubts[finding.kind] = finding.step
         self.finding = None
@@ -199,6 +201,7 @@ class Auditor:
         if among:
             return self._found(_STATE, state.step, " and ".join(names), wrong, among, self._agreed)
         self._agreed = state.step
+        self._trust()
         self._lift(_STATE, state.step)
         return True
 
@@ -224,6 +227,7 @@ class Auditor:
         members = [communicator.members[of] for of in pair]
         if owner == checker:
             self._cleared.update((member, step) for member in members)
+            self._trust()
             self._lift(_GRADIENT, step)
             return True
         third = next((other for other in range(communicator.size) if other not in pair), -1)
@@ -256,6 +260,7 @@ class Auditor:
         for word in words:
             for member, step in word["cleared"]:
                 self._cleared[member] = max(step, self._cleared.get(member, step))
+        self._trust()
         known = [word["doubts"] for word in words]
         self._doubts = {kind: step for kind, step in known[0].items() if all(kind in doubts for doubts in known)}
 
@@ -314,6 +319,13 @@ class Auditor:
 
         kept = Residuals(state.residuals, None) if state.residuals else None
         return _digest(accumulator.accumulate(state.weights, plan, self._scratch, state.step, load, kept), 0)
+
+    def _trust(self) -> None:
+        """Let the chronicle know up to which step all is trusted, whatever is found next: what is older may go."""
+        steps = [self._agreed] if self.compare_steps and self._several else []
+        if self.recheck_steps and self.communicator.size > 1:
+            steps += [self._cleared.get(member, self._begun) for member in self.communicator.members]
+        self.chronicle.trusted = min(steps, default=None)
 
     def _lift(self, kind: str, step: int) -> None:
         if self._doubts.get(kind, step) <= step:

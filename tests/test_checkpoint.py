@@ -402,6 +402,20 @@ def test_a_half_removed_generation_is_none(tmp_path: Path, monkeypatch: pytest.M
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize(
+    ("trusted", "kept"), [(None, [6, 5]), (0, [6, 5]), (3, [6, 5, 3]), (4, [6, 5, 4]), (5, [6, 5]), (9, [6, 5])]
+)
+def test_the_newest_that_is_trusted_is_kept_besides_the_newest(
+    tmp_path: Path, trusted: int | None, kept: list[int]
+) -> None:
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, snapshot(step), LAYOUT)
+    writer = Writer(tmp_path, LAYOUT, keep=2)
+    writer.start(snapshot(6), trusted)
+    writer.wait()
+    assert [checkpoint.step_of(path) for path in checkpoint.generations(tmp_path)] == kept
+
+
 def test_a_file_in_the_way_is_a_storage_error(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.write_text("in the way")

@@ -147,7 +147,8 @@ def rechecked(owner: int, workers: int, first: int) -> int:
 @pytest.mark.parametrize("wrong", [0, 2])
 def test_who_holds_other_bits_is_named_and_left_behind(tmp_path: Path, wrong: int) -> None:
     place = Surroundings(tmp_path)
-    ended = train(place, 3, COMPARED, **fault("state", wrong, step=33))
+    # More checkpoints since the last comparison than are kept.
+    ended = train(place, 3, [*COMPARED, "output.checkpoint_steps=3"], **fault("state", wrong, step=33))
     assert ended.code == 0, ended.said
     found = result(place)
     assert found["weights_sha256"] == truth()
@@ -160,7 +161,7 @@ def test_who_holds_other_bits_is_named_and_left_behind(tmp_path: Path, wrong: in
     assert event["back_to"] == 30
     assert f"rank {wrong} ({os.uname().nodename}) at step 40 has wrong bits in weights" in ended.err
     assert "the workers go back to step 30 and go on without it" in ended.err
-    broken = place.folder / "run" / "checkpoints" / "broken-step-0000000035"
+    broken = place.folder / "run" / "checkpoints" / "broken-step-0000000036"
     assert (broken / MANIFEST).exists()
     assert place.leftovers() == []
 
@@ -337,15 +338,16 @@ def test_only_later_checkpoints_are_set_aside(tmp_path: Path) -> None:
 
 def test_after_a_death_all_know_what_any_knew() -> None:
     def auditor() -> Auditor:
-        meeting: Any = SimpleNamespace(communicator=SimpleNamespace(rank=0, members=(0, 2)))
-        worker: Any = SimpleNamespace(state=SimpleNamespace(step=0))
-        chronicle: Any = None
+        communicator = SimpleNamespace(rank=0, size=2, members=(0, 2))
+        meeting: Any = SimpleNamespace(communicator=communicator, kind="segments")
+        worker: Any = SimpleNamespace(state=SimpleNamespace(step=0), best=None)
+        chronicle: Any = SimpleNamespace(trusted=None)
         return Auditor(
             worker,
             meeting,
             chronicle,
             {},
-            Exchange(),
+            Exchange(recheck_steps=1),
             seed=0,
             repeatable=True,
             go_back=lambda step: worker.state,
@@ -365,3 +367,4 @@ def test_after_a_death_all_know_what_any_knew() -> None:
     assert first["agreed"] == 20
     assert dict(first["cleared"]) == {0: 17, 2: 13}
     assert first["doubts"] == {"gradient": 3}
+    assert [one.chronicle.trusted for one in some] == [13, 13]
