@@ -164,7 +164,7 @@ class Auditor:
         if finding is None:
             return
         worker = self.worker
-        worker.phases.begin(Phase.RECOVERY)
+        worker.phases.begin(Phase.CHECKPOINT)
         worker.state = self._go_back(finding.trusted)
         self._agreed = self._begun = worker.state.step
         self._cleared = {}

@@ -4,8 +4,10 @@ It looks at the board that the workers' own loops write to (no thread beats for 
 waits for others counts its polls there, so one that gives no sign of life for its deadline is not waiting: it is
 stuck, or stopped, and is ended by SIGKILL; the others survive that as any death. The deadline is ``hang_seconds`` or
 ten times the usual step, whichever is more; before the first step is done, and while it evaluates or writes, a worker
-has ``patience``, unless it is stopped; while it recovers, half a minute of it. Where all workers of a job are stopped
-somebody paused it, and nobody is ended. Where others are on other machines they wait for those, paused or not.
+has ``patience``, unless it is stopped; while it recovers, half a minute of it. Where none of a job comes out of a
+recovery in half a minute, polling or not, all are ended, so that the job is started again: a shrinking of the
+communicator sometimes never returns (open-mpi/ompi#13138). Where all workers of a job are stopped somebody paused it,
+and nobody is ended. Where others are on other machines they wait for those, paused or not.
 """
 
 import contextlib
@@ -28,7 +30,8 @@ USUAL = 10
 """Times the usual step that a worker may give no sign of life."""
 
 RECOVERING = 30.0
-"""Seconds without a sign of life in a recovery, which takes milliseconds: then it is MPI itself that is stuck."""
+"""Seconds that a recovery may give no sign of life, or all be in one, which takes milliseconds: then it is MPI itself
+that is stuck."""
 
 _UNHURRIED = frozenset({Phase.OTHER, Phase.EVALUATION, Phase.CHECKPOINT, Phase.RECOVERY})
 
@@ -39,6 +42,7 @@ class Watched:
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
         self.silent = 0.0
+        self.recovering = 0.0
         self.usual = 0.0
         self._beat = -1
         self._step = 0
@@ -48,6 +52,7 @@ class Watched:
         """Another look, so many seconds after the last."""
         self._since += elapsed
         self.silent += elapsed
+        self.recovering = self.recovering + elapsed if self.cell[PHASE] == Phase.RECOVERY else 0.0
         if self.cell[BEAT] != self._beat:
             self._beat = self.cell[BEAT]
             self.silent = 0.0
@@ -99,28 +104,47 @@ class Watchdog:
         for worker, state in zip(living, states, strict=True):
             worker.look(elapsed)
             if paused or state == "t":
-                worker.silent = 0.0
+                worker.silent = worker.recovering = 0.0
             elif worker.silent > worker.deadline(state == "T", self.hang_seconds, self.patience):
                 self.end(worker, stopped=state == "T")
+        living = self.living()
+        if self.whole and living and all(worker.recovering > RECOVERING for worker in living):
+            self.give_up(living)
 
     def end(self, worker: Watched, *, stopped: bool) -> None:
         """End one worker; where it can't be ended, all, so that the job is started again without it."""
         cell = worker.cell
-        step, phase = cell[STEP], NAMES[cell[PHASE]]
         what = "was stopped" if stopped else "gave no sign of life"
-        why = f"{what} for {worker.silent:.1f} s"
-        print(f"dptrain: rank {cell[RANK]} at step {step} in {phase} {why}: ended", file=sys.stderr, flush=True)
-        ended(cell[RANK], os.uname().nodename, cell[PID], step, phase, why)
-        cell[ENDED] = 1
-        _kill(cell)
-        until = time.monotonic() + REAPED
-        while board.lives(cell):
-            if time.monotonic() > until:
-                print(f"dptrain: rank {cell[RANK]} can't be ended: the job is", file=sys.stderr, flush=True)
-                for other in self.living():
-                    _kill(other.cell)
-                return
-            time.sleep(0.01)
+        _end(cell, f"{what} for {worker.silent:.1f} s")
+        if not _gone([cell]):
+            print(f"dptrain: rank {cell[RANK]} can't be ended: the job is", file=sys.stderr, flush=True)
+            for other in self.living():
+                _kill(other.cell)
+
+    def give_up(self, living: Sequence[Watched]) -> None:
+        """End all, none of whom comes out of a recovery: the job is started again."""
+        for worker in living:
+            _end(worker.cell, f"did not come out of a recovery for {worker.recovering:.1f} s")
+        _gone([worker.cell for worker in living])
+
+
+def _end(cell: Cell, why: str) -> None:
+    """End a worker and say so."""
+    step, phase = cell[STEP], NAMES[cell[PHASE]]
+    print(f"dptrain: rank {cell[RANK]} at step {step} in {phase} {why}: ended", file=sys.stderr, flush=True)
+    ended(cell[RANK], os.uname().nodename, cell[PID], step, phase, why)
+    cell[ENDED] = 1
+    _kill(cell)
+
+
+def _gone(cells: Sequence[Cell]) -> bool:
+    """Wait until those that were killed are gone; whether they are, in time."""
+    until = time.monotonic() + REAPED
+    while any(map(board.lives, cells)):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _kill(cell: Cell) -> None:

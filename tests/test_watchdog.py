@@ -132,10 +132,27 @@ def test_a_recovery_that_is_stuck_is_ended_long_before_other_patience_ends(worke
     made = Watchdog(workers.cells, HANG, 20 * RECOVERING)
     for cell in workers.own:
         cell[STEP], cell[BEGUN], cell[PHASE] = 5, 5, Phase.RECOVERY
+    workers.own[0][PHASE] = Phase.WAITING
     look(made, RECOVERING - 2 * TICK, 0)
     assert workers.living == [0, 1, 2]
     look(made, 4 * TICK, 0)
     assert workers.living == [0]
+
+
+def test_where_none_comes_out_of_a_recovery_all_are_ended(workers: Workers, capfd: pytest.CaptureFixture[str]) -> None:
+    made = Watchdog(workers.cells, HANG, 20 * RECOVERING)
+    for cell in workers.own:
+        cell[STEP], cell[BEGUN], cell[PHASE] = 5, 5, Phase.RECOVERY
+    look(made, RECOVERING - 2 * TICK, 0, 1, 2)
+    workers.own[1][PHASE] = Phase.FORWARD
+    look(made, 4 * TICK, 0, 1, 2)
+    workers.own[1][PHASE] = Phase.RECOVERY
+    look(made, RECOVERING - 2 * TICK, 0, 1, 2)
+    assert workers.living == [0, 1, 2]
+    look(made, 4 * TICK, 0, 1, 2)
+    assert workers.living == []
+    told = capfd.readouterr().err
+    assert told.count("at step 5 in recovery did not come out of a recovery for") == 3
 
 
 def test_before_the_first_step_is_done_there_is_patience(workers: Workers) -> None:

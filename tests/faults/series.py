@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from dptrain.board import STEP
-from dptrain.phases import Phase
+from dptrain.board import PHASE, RANK, STEP
+from dptrain.phases import NAMES, Phase
 from tests.faults import jobs
 from tests.faults.fault import Fault, Outcome
 from tests.faults.live import Job, begun, pace, until, usual_step
@@ -20,6 +20,9 @@ STEPS = 640
 """Of the job, whose end must not come before the last death."""
 
 WORKERS = (6, 7, 8)
+
+PATIENCE = 20
+"""Seconds in which those that are left must come to another step."""
 
 
 def faults(seed: int, phases: Sequence[Phase] = PHASES) -> Iterator[Fault]:
@@ -42,6 +45,7 @@ def kill(folder: Path, *, seed: int, phases: Sequence[Phase] = PHASES) -> Outcom
     place = Surroundings(folder)
     command, live = begun(place, job.text, workers)
     struck: list[tuple[str, float | None]] = []
+    stuck = ""
     while live is not None and len(live.living) > (0 if to_the_last else 1):
         pace(live, rng.randrange(2, 8))
         usual = usual_step(live)
@@ -51,14 +55,23 @@ def kill(folder: Path, *, seed: int, phases: Sequence[Phase] = PHASES) -> Outcom
         went_on = _goes_on(live)
         struck.append((died.phase, max(0.0, time.perf_counter() - died.at - usual) if went_on else None))
         if not went_on:
+            stuck = _whereabouts(live)
             break
     ended = place.ended(command, 180)
     (phase, seconds), *more = struck or [("before training", None)]
     outcome = judge(place, ended, folder / "run", truth, phase=phase, recovery_seconds=seconds)
-    return Outcome(outcome.verdict, phase, seconds, outcome.note, tuple(more))
+    note = outcome.note
+    if stuck:
+        note = f"{note}; left in {stuck} {PATIENCE} s after the last death".lstrip("; ")
+    return Outcome(outcome.verdict, phase, seconds, note, tuple(more))
 
 
 def _goes_on(live: Job) -> bool:
     """Whether those that are left come to another step."""
     before = max(cell[STEP] for cell in live.cells)
-    return until(lambda: live.step > before or not live.living, 20) and bool(live.living)
+    return until(lambda: live.step > before or not live.living, PATIENCE) and bool(live.living)
+
+
+def _whereabouts(live: Job) -> str:
+    """What those that are left are at, for whoever looks for the cause."""
+    return ", ".join(f"{NAMES[cell[PHASE]]} of step {cell[STEP]} (rank {cell[RANK]})" for cell in live.living)
