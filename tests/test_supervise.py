@@ -415,11 +415,13 @@ def test_bad_input_is_no_fault(place: Place) -> None:
 
 
 def test_a_request_to_stop_is_no_fault(place: Place, truth: dict[str, str]) -> None:
-    with place.start("long.toml", "-n", "2", "--run-dir", "run") as process:
+    (place.path / "hosts").write_text("localhost slots=2\n")
+    with place.start("long.toml", "--hostfile", "hosts", "--run-dir", "run") as process:
         until(lambda: place.step("run") >= 100, "a checkpoint")
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=PATIENCE)
+        out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
+    assert "to resume: dptrain run long.toml -n 2 --hostfile hosts --run-dir run --resume" in out
     result = place.result("run")
     assert result["state"] == "stopped"
     assert place.left() == []

@@ -132,6 +132,9 @@ def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
         )
     mode = request.progress if request.progress != "auto" else "plain" if width is None else "bar"
     environ["DPTRAIN_PROGRESS"] = mode
+    if request.hostfile is not None:
+        # For the line that tells how to go on.
+        environ["DPTRAIN_HOSTFILE"] = str(request.hostfile)
     keyless = {
         name: value
         for name, value in environ.items()
@@ -210,7 +213,9 @@ def _mend_terminal() -> None:
 def _again(request: Request, place: launch.Announced) -> list[str]:
     """The command line that began this run, without where it is kept."""
     started = place.size if place.rank is not None else None
-    return ["dptrain", *request.argv(place=False), *(["-n", str(started)] if started else [])]
+    hostfile = os.environ.get("DPTRAIN_HOSTFILE") if started else None
+    where = ["--hostfile", hostfile] if hostfile else []
+    return ["dptrain", *request.argv(place=False), *(["-n", str(started)] if started else []), *where]
 
 
 def job_path(path: Path | None) -> Path | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SHARDS = 8
 
-NOT_KEYS = frozenset({"CACHE", "PROGRESS", "TRACEBACK", "SUPERVISED", "FT", "SERVER", "TOKEN", "TLS_CA"})
+NOT_KEYS = frozenset({"CACHE", "HOSTFILE", "PROGRESS", "TRACEBACK", "SUPERVISED", "FT", "SERVER", "TOKEN", "TLS_CA"})
 """DPTRAIN_ variables that steer the program, not the job."""
 
 EMBEDDED: dict[str, Any] = {
