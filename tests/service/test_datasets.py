@@ -132,7 +132,11 @@ def test_what_is_not_what_its_name_says_or_unpacks_to_too_much(datasets: Dataset
 
 @pytest.mark.parametrize(
     ("name", "data"),
-    [("a.npz", zipped(**{"x.npy": array(10)})), ("a.npy", array(3)), ("a.csv.gz", gzip.compress(b"1,2\n", mtime=0) * 2)],
+    [
+        ("a.npz", zipped(**{"x.npy": array(10)})),
+        ("a.npy", array(3)),
+        ("a.csv.gz", 2 * gzip.compress(b"1,2\n", mtime=0)),
+    ],
 )
 def test_what_is_taken(datasets: Datasets, name: str, data: bytes) -> None:
     assert datasets.take("ada", header(name, data), [data]).size == len(data)
