@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from dptrain import supervision
+from dptrain.wire.address import LONGEST_PATH
 
 SOCKETS = ("server.sock", "standby.sock")
 """Of the supervisor's folder: where the servers listen."""
@@ -101,7 +102,13 @@ def _kill(pid: int) -> None:
         return
 
 
+def addresses(folder: str, count: int) -> list[str]:
+    """Where so many servers listen. A folder with a long path is named by a file that this process has open."""
+    if len(os.fsencode(folder)) + 1 + max(map(len, SOCKETS)) > LONGEST_PATH:
+        folder = f"/proc/{os.getpid()}/fd/{os.open(folder, os.O_PATH | os.O_DIRECTORY)}"
+    return [f"unix:{folder}/{name}" for name in SOCKETS[:count]]
+
+
 if __name__ == "__main__":
-    places = [os.path.join(os.environ[supervision.FOLDER], name) for name in SOCKETS[: int(sys.argv[3])]]
-    addresses = [f"unix:{place}" for place in places]
-    sys.exit(Crew(int(sys.argv[1]), int(sys.argv[2]), addresses, sys.argv[4:]).run())
+    places = addresses(os.environ[supervision.FOLDER], int(sys.argv[3]))
+    sys.exit(Crew(int(sys.argv[1]), int(sys.argv[2]), places, sys.argv[4:]).run())

@@ -33,8 +33,8 @@ OWN = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.PARTIALS)
 class Phases:
     """Adds up the seconds of each phase. One call at each border: what begins ends what was before.
 
-    ``step`` is the step that time belongs to, as the journal counts. ``cell`` is told of every border and step, for
-    who watches this worker from outside.
+    ``step`` is the step that time belongs to, as the journal counts; ``since`` is when the phase began, by the clock.
+    ``cell`` is told of every border and step, for who watches this worker from outside.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -47,7 +47,7 @@ class Phases:
         self.seconds = [0.0] * len(Phase)
         self.at(0)
         self._phase = Phase.OTHER
-        self._since = self.clock()
+        self.since = self.clock()
 
     def at(self, step: int) -> None:
         """From now on time belongs to ``step``."""
@@ -58,9 +58,9 @@ class Phases:
     def begin(self, phase: Phase, detail: str = "") -> None:
         """From now on time belongs to ``phase``; ``detail`` says more, such as a layer's name."""
         now = self.clock()
-        self.seconds[self._phase] += now - self._since
+        self.seconds[self._phase] += now - self.since
         self._phase = phase
-        self._since = now
+        self.since = now
         cell = self.cell
         cell[PHASE] = phase
         cell[BEAT] += 1

@@ -42,14 +42,14 @@ class Recorder(Phases):
         super().start()
         self.dropped = 0
         self._older: list[Any] = []
-        self._newer: list[Any] = [self._since, Phase.OTHER, "", 0]
+        self._newer: list[Any] = [self.since, Phase.OTHER, "", 0]
 
     def begin(self, phase: Phase, detail: str = "") -> None:
         """See Phases."""
         now = self.clock()
-        self.seconds[self._phase] += now - self._since
+        self.seconds[self._phase] += now - self.since
         self._phase = phase
-        self._since = now
+        self.since = now
         cell = self.cell
         cell[PHASE] = phase
         cell[BEAT] += 1

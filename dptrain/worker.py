@@ -161,7 +161,8 @@ class Worker:
             partials = self._partials(state)
         except BaseException as error:  # a model's sys.exit() must not leave the others waiting
             failure, partials = error, self._nothing()
-        compute = time.perf_counter() - started
+        self.phases.begin(Phase.OTHER)
+        compute = self.phases.since - started
         if self.auditor is not None and not self.auditor.recheck(state, None if failure else partials):
             return
         self.phases.begin(Phase.EXCHANGE)

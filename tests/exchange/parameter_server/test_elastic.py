@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -36,6 +35,11 @@ checkpoint_steps = 200
 """
 
 
+def temporary(folder: Path) -> Path:
+    """The temporary folder of what is started: with a longer path than a socket's may be."""
+    return folder / ("temporary" * 12)
+
+
 class Run:
     """A supervised run, and what it says of itself while it goes on."""
 
@@ -53,7 +57,7 @@ class Run:
             "--set",
             "exchange.host_sum=false",
         ]
-        env = {**os.environ, "TMPDIR": str(folder / "tmp"), "DPTRAIN_PROGRESS": "none"}
+        env = {**os.environ, "TMPDIR": str(temporary(folder)), "DPTRAIN_PROGRESS": "none"}
         self.process = subprocess.Popen(
             [*line, "--run-dir", str(self.dir), *arguments], env=env, stderr=subprocess.PIPE, text=True
         )
@@ -95,11 +99,9 @@ class Run:
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "job.toml").write_text(JOB)
-    # A socket's path must be short.
-    with tempfile.TemporaryDirectory() as short:
-        (tmp_path / "tmp").symlink_to(short)
-        yield tmp_path
-        assert os.listdir(short) == []
+    temporary(tmp_path).mkdir(parents=True)
+    yield tmp_path
+    assert os.listdir(temporary(tmp_path)) == []
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
 
 
