@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,10 +27,12 @@ from dptrain.rundir import JOURNAL
 from dptrain.service import keeper
 from dptrain.service.client import Client
 from dptrain.service.model import Job, Spec, State
+from dptrain.service.server import STORE
 from dptrain.service.store import Store
 
 POLL = 0.002
 SUBMITTERS = 8
+_FILLERS = 256
 JOB = """
 name = "bench"
 [data]
@@ -42,39 +46,47 @@ journal_steps = 1
 checkpoint_seconds = 0.0
 """
 NAMES = {
-    "submits": "jobs accepted durably, a second",
-    "list": "ListJobs over finished jobs, ms",
-    "followers": "steps a second with followers, of those without",
-    "first step": "submit to first step, of `dptrain run` by hand",
+    "submits": ("submits", f"jobs accepted durably, a second, by {SUBMITTERS} clients at a time"),
+    "one client": ("submits", "jobs accepted durably, a second, by one client"),
+    "list": ("list", "ListJobs, the slowest of 22 kinds of lists, ms"),
+    "usual list": ("list", "ListJobs, the newest 50, ms"),
+    "followers": ("followers", "steps a second with followers, of those without"),
+    "first step": ("first step", "submit to first step, of `dptrain run` by hand"),
 }
+
+
+_NONE = ("label.team=none", "name=none", "active=true")
+_FILTERS = ("", "label.team=bench", "state=SUCCEEDED", "name=bench", *_NONE)
 
 
 def main(options: Options) -> None:
     """Leaves service.json and .md."""
     many, followers, submits = (2_000, 10, 100) if options.quick else (100_000, 200, 2_000)
-    measured = interleaved(
-        {
-            "submits": lambda repeat: _submits(submits),
-            "list": lambda repeat: _list(many),
-            "followers": lambda repeat: _followers(followers, 1.0 if options.quick else 10.0),
-            "first step": lambda repeat: _first_step(),
-        },
-        options.repeats,
-        "service",
-    )
+    with tempfile.TemporaryDirectory(prefix="dptrain-bench-") as folder:
+        store = _fill(Path(folder), many)
+        measured = interleaved(
+            {
+                "submits": lambda repeat: _submits(store, submits),
+                "list": lambda repeat: _list(store),
+                "followers": lambda repeat: _followers(followers, 1.0 if options.quick else 10.0),
+                "first step": lambda repeat: _first_step(),
+            },
+            options.repeats,
+            "service",
+        )
     content: dict[str, Any] = {}
     rows = []
-    for key, name in NAMES.items():
-        values = measured[key].values(key)
+    for key, (source, name) in NAMES.items():
+        values = measured[source].values(key)
         if not values:
-            content[key] = {"not_run": measured[key].reason}
-            rows.append(report.not_run(name, measured[key].reason, 2))
+            content[key] = {"not_run": measured[source].reason}
+            rows.append(report.not_run(name, measured[source].reason, 2))
             continue
         figures = spread(values)
         content[key] = {**figures, "runs": values}
         rows.append([name, f"{figures['median']:.3g} ({figures['lowest']:.3g} to {figures['highest']:.3g})"])
     settings = {"repeats": options.repeats, "jobs": many, "followers": followers, "submits": submits}
-    title = f"The job service, {many} finished jobs, {followers} followers, {SUBMITTERS} submitters at a time"
+    title = f"The job service, {many} finished jobs in its store, {followers} followers"
     report.write(options.results, "service", title, settings, {"service": content}, report.table(["", ""], rows))
 
 
@@ -112,11 +124,12 @@ class _Served:
 
 
 @contextlib.contextmanager
-def _served(cores: set[int] | None = None, jobs: int = 0) -> Iterator[_Served]:
+def _served(cores: set[int] | None = None, store: Path | None = None) -> Iterator[_Served]:
     with tempfile.TemporaryDirectory(prefix="dptrain-bench-") as name:
         folder = Path(name)
-        if jobs:
-            _fill(folder / "data", jobs)
+        if store is not None:
+            (folder / "data").mkdir(mode=0o700)
+            shutil.copy(store, folder / "data" / STORE)
         served = _Served(folder, cores)
         try:
             served.up()
@@ -131,11 +144,10 @@ def _served(cores: set[int] | None = None, jobs: int = 0) -> Iterator[_Served]:
             served.process.wait()
 
 
-def _submits(number: int) -> Found:
-    with _served() as served:
+def _submits(store: Path, number: int) -> Found:
+    with _served(store=store) as served:
         with served.client() as client:
             client.submit(served.folder / "job.toml")  # holds the slot
-
         job = load_job(served.folder / "job.toml")
 
         def submit(count: int) -> None:
@@ -143,41 +155,53 @@ def _submits(number: int) -> Found:
                 for _ in range(count):
                     client.submit(job)
 
-        begun = time.perf_counter()
-        with ThreadPoolExecutor(SUBMITTERS) as pool:
-            list(pool.map(submit, [number // SUBMITTERS] * SUBMITTERS))
-        seconds = time.perf_counter() - begun
-    return {"submits": number // SUBMITTERS * SUBMITTERS / seconds}
+        def rate(clients: int, count: int) -> float:
+            begun = time.perf_counter()
+            with ThreadPoolExecutor(clients) as pool:
+                list(pool.map(submit, [count // clients] * clients))
+            return count // clients * clients / (time.perf_counter() - begun)
+
+        return {"one client": rate(1, number // 4), "submits": rate(SUBMITTERS, number)}
 
 
-def _fill(data: Path, number: int) -> None:
+def _fill(folder: Path, number: int) -> Path:
     """A store with so many jobs that have ended."""
-    data.mkdir(mode=0o700)
-    store = Store(data / "jobs.sqlite")
+    path = folder / STORE
+    store = Store(path)
     spec = Spec(job_toml=JOB, run_toml=JOB, name="bench", labels={"team": "bench"})
     done = Job(id="", owner="operator", spec=spec, state=State.SUCCEEDED, message="done", launch=1, exit_code=0)
 
     def create(part: int) -> None:
-        for i in range(part, number, 64):
+        for i in range(part, number, _FILLERS):
             at = 1.0e9 + i
             store.create(replace(done, id=f"{i:012d}", created=at, updated=at, finished=at + 9), "", "")
 
     # The store puts what waits together into one transaction.
-    with ThreadPoolExecutor(64) as pool:
-        list(pool.map(create, range(64)))
+    with ThreadPoolExecutor(_FILLERS) as pool:
+        list(pool.map(create, range(_FILLERS)))
     store.close()
+    return path
 
 
-def _list(number: int) -> Found:
-    with _served(jobs=number) as served, served.client() as client:
-        next(iter(client.jobs()))
-        taken = []
-        for terms in ("", "label.team=bench", "state=SUCCEEDED", "name=bench"):
-            begun = time.perf_counter()
-            found = next(iter(client.jobs(terms)))
-            taken.append(1000 * (time.perf_counter() - begun))
-            assert found.id
-    return {"list": max(taken)}
+def _list(store: Path) -> Found:
+    """The slowest of lists of many kinds, those too that nothing is in."""
+    kinds = [
+        *((text, order, 50) for text in _FILTERS for order in ("created desc", "priority desc", "updated asc")),
+        ("", "created desc", 1000),
+    ]
+    medians: dict[tuple[str, str, int], float] = {}
+    with _served(store=store) as served, served.client() as client:
+        client.info()
+        for kind in kinds:
+            text, order, size = kind
+            taken = []
+            for _ in range(5):
+                begun = time.perf_counter()
+                found = next(iter(client.jobs(text, order_by=order, page_size=size)), None)
+                taken.append(1000 * (time.perf_counter() - begun))
+                assert (found is None) == (text in _NONE)
+            medians[kind] = statistics.median(taken)
+    return {"list": max(medians.values()), "usual list": medians["", "created desc", 50]}
 
 
 def _followers(number: int, seconds: float) -> Found:

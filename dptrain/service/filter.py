@@ -57,8 +57,10 @@ class Query:
         if self.after:
             conditions.append(f"({self.order}, id) {than} (?, ?)")
             values.extend(self.after)
-        text = f"SELECT {columns} FROM jobs WHERE {' AND '.join(conditions)}"
-        return f"{text} ORDER BY {self.order} {way}, id {way} LIMIT ?", [*values, self.size + 1]
+        # What is searched through are indexes, which hold all of the conditions; only what is found is read whole.
+        order = f"ORDER BY {self.order} {way}, id {way}"
+        found = f"SELECT id FROM jobs WHERE {' AND '.join(conditions)} {order} LIMIT ?"
+        return f"SELECT {columns} FROM jobs WHERE id IN ({found}) {order}", [*values, self.size + 1]
 
     def listing(self, found: Sequence[Job]) -> Listing:
         """The page that the statement's rows make."""
@@ -122,8 +124,8 @@ def _term(word: str) -> tuple[str, tuple[Any, ...]]:
             return f"state IN ({', '.join('?' * len(names))})", tuple(sorted(State[name] for name in names))
         raise _refused(repr(value[:80]), "states such as state=RUNNING,QUEUED")
     if equals and key == "active" and value in ("true", "false"):
-        marks = ", ".join("?" * len(ENDED))
-        return f"state {'NOT ' if value == 'true' else ''}IN ({marks})", tuple(sorted(ENDED))
+        states = sorted({*State} - ENDED if value == "true" else ENDED)
+        return f"state IN ({', '.join('?' * len(states))})", tuple(states)
     if equals and key == "name":
         return "instr(lower(name), lower(?)) > 0", (value,)
     if equals and key == "owner":
@@ -131,8 +133,10 @@ def _term(word: str) -> tuple[str, tuple[Any, ...]]:
     if equals and key == "id":
         return "(id >= ? AND id < ?)", (value.lower(), value.lower() + "~")
     if equals and key.startswith("label."):
-        text = "EXISTS (SELECT 1 FROM json_each(labels) WHERE json_each.key = ? AND json_each.value = ?)"
-        return text, (key.removeprefix("label."), value)
+        # Jobs without such a text in their labels need not have them taken apart.
+        label = key.removeprefix("label.")
+        exact = "EXISTS (SELECT 1 FROM json_each(labels) WHERE json_each.key = ? AND json_each.value = ?)"
+        return f"(instr(labels, ?) > 0 AND {exact})", (json.dumps({label: value})[1:-1], label, value)
     raise _refused(repr(word[:80]), "state= active= name= label.KEY= owner= id=")
 
 

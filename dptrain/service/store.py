@@ -47,8 +47,27 @@ MIGRATIONS = (
     CREATE TABLE counts (value INTEGER NOT NULL);
     INSERT INTO counts VALUES (0);
     """,
+    """
+    DROP INDEX jobs_created;
+    DROP INDEX jobs_updated;
+    DROP INDEX jobs_priority;
+    DROP INDEX jobs_owner;
+    DROP INDEX jobs_state;
+    CREATE INDEX jobs_created ON jobs (created, id, owner, state, name, labels, removed) WHERE NOT removed;
+    CREATE INDEX jobs_updated ON jobs (updated, id, owner, state, name, labels, removed) WHERE NOT removed;
+    CREATE INDEX jobs_priority ON jobs (priority, id, owner, state, name, labels, removed) WHERE NOT removed;
+    CREATE INDEX jobs_owner ON jobs (owner, created, id, state, name, labels, removed, priority, updated)
+        WHERE NOT removed;
+    CREATE INDEX jobs_state ON jobs (state, created, id, owner, name, labels, removed, priority, updated)
+        WHERE NOT removed;
+    CREATE INDEX jobs_unended ON jobs (owner) WHERE NOT removed AND state NOT IN (8, 9, 10);
+    CREATE INDEX jobs_removed ON jobs (id) WHERE removed;
+    """,
 )
-"""Each brings a store of the version before it to its own; never changed, only added to."""
+"""Each brings a store of the version before it to its own; never changed, only added to.
+
+The indexes of lists hold all that a list can be filtered by, so that a search through 100,000 jobs reads them alone.
+"""
 
 _BATCH = 256
 """Writes in one transaction at most."""
@@ -161,6 +180,8 @@ class Store:
             rows = self._reader().execute(text, values).fetchall()
         elif reference.isascii() and reference.isalnum():
             low = reference.lower()
+            # By the id alone: the plus keeps SQLite from going through all of an owner's jobs.
+            whose = whose.replace("owner", "+owner")
             text = f"SELECT id FROM jobs WHERE NOT removed AND id >= ? AND id < ?{whose} LIMIT 2"
             rows = self._reader().execute(text, (low, low + "~", *values)).fetchall()
         else:
@@ -209,9 +230,9 @@ class Store:
 
     def unended(self, owner: str) -> int:
         """How many jobs of an owner have not ended."""
-        marks = ", ".join("?" * len(ENDED))
-        text = f"SELECT count(*) FROM jobs WHERE NOT removed AND owner = ? AND state NOT IN ({marks})"
-        return int(self._reader().execute(text, (owner, *sorted(ENDED))).fetchone()[0])
+        # The condition as the index has it, which holds those jobs alone.
+        text = "SELECT count(*) FROM jobs INDEXED BY jobs_unended WHERE NOT removed AND state NOT IN (8, 9, 10)"
+        return int(self._reader().execute(f"{text} AND owner = ?", (owner,)).fetchone()[0])
 
     def events(self, job_id: str, after: int) -> list[Event]:
         """What happened to a job after the event of that number, in order."""

@@ -8,9 +8,12 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,12 +24,21 @@ from dptrain import journal, rundir
 from dptrain.errors import DptrainError
 from dptrain.service import keeper
 from dptrain.service.client import ENDED, Client
+from dptrain.service.model import State
+from dptrain.service.server import STORE
 from dptrain.v1 import job_pb2
 from dptrain.wire.limits import Patience
 from tests.service.jobs import JOB, solo_hash
 
-KINDS = ("any", "boot", "submit", "start", "finish")
-"""When to kill: at any time; while it starts; just after a submit is sent; as a keeper is started; as one ends."""
+KINDS = ("any", "boot", "submit", "start", "run", "finish")
+"""When to kill: at any time; while it starts; just after a submit is sent; as a keeper is started; as a run has begun
+to train; as a keeper ends."""
+
+_SIGNS = {"start": keeper.ORDER, "run": f"run/{rundir.JOURNAL}", "finish": keeper.EXIT}
+"""Of a job's folder: the file that comes at that moment."""
+
+_NOT_THERE = "not accepted"
+_STATES = (_NOT_THERE, *(state.name for state in State))
 
 _LOOK = 0.002
 _UP = 60.0
@@ -38,6 +50,8 @@ class Verdict(NamedTuple):
 
     jobs: int
     kills: Counter[str]
+    hit: Counter[tuple[str, str]]
+    """By kind of kill: the states in which it found the jobs that were just sent."""
     lost: list[str]
     twice: list[str]
     wrong: list[str]
@@ -45,6 +59,18 @@ class Verdict(NamedTuple):
     @property
     def good(self) -> bool:
         return not (self.lost or self.twice or self.wrong)
+
+    def table(self) -> str:
+        """What was hit, by kind of kill; then what came of it."""
+        states = [state for state in _STATES if any(found == state for _, found in self.hit)]
+        lines = [("kill", "kills", *states)]
+        for kind in KINDS:
+            lines.append((kind, str(self.kills[kind]), *(str(self.hit[kind, state]) for state in states)))
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        ends = f"{len(self.lost)} lost, {len(self.twice)} run twice, {len(self.wrong)} with another end"
+        return "\n".join(
+            [text, f"{self.kills.total()} kills, {self.jobs} jobs: {ends}", *self.lost, *self.twice, *self.wrong]
+        )
 
 
 class Killed:
@@ -102,6 +128,7 @@ def campaign(folder: Path, kills: int, seed: int) -> Verdict:
     server.start()
     server.wait_until_up()
     done: Counter[str] = Counter()
+    hit: Counter[tuple[str, str]] = Counter()
     requests: list[str] = []
     for number in range(kills):
         kind = KINDS[number % len(KINDS)] if number < len(KINDS) else rng.choice(KINDS)
@@ -109,6 +136,7 @@ def campaign(folder: Path, kills: int, seed: int) -> Verdict:
         requests += pending
         _kill_once(server, kind, rng, pending)
         done[kind] += 1
+        hit.update((kind, state) for state in _states(server.data / STORE, pending))
         server.start()
         if kind == "boot":
             time.sleep(rng.uniform(0.0, 1.0))
@@ -120,7 +148,7 @@ def campaign(folder: Path, kills: int, seed: int) -> Verdict:
             for request in pending:
                 client.submit(folder / "job.toml", name=request, request_id=request)
     try:
-        return _judged(server, requests, wanted, done)
+        return _judged(server, requests, wanted, done, hit)
     finally:
         server.kill(signal.SIGTERM)
 
@@ -144,7 +172,7 @@ def _kill_once(server: Killed, kind: str, rng: random.Random, pending: list[str]
         elif kind == "any":
             time.sleep(rng.uniform(0.0, 2.0))
         else:
-            _wait_for(server.data / "jobs", keeper.ORDER if kind == "start" else keeper.EXIT)
+            _wait_for(server.data / "jobs", _SIGNS[kind])
             time.sleep(rng.uniform(0.0, 0.05))
         server.kill()
     finally:
@@ -162,7 +190,19 @@ def _wait_for(jobs: Path, name: str) -> None:
         time.sleep(_LOOK)
 
 
-def _judged(server: Killed, requests: list[str], wanted: str, kills: Counter[str]) -> Verdict:
+def _states(store: Path, names: list[str]) -> Iterator[str]:
+    """In which states jobs are by the store of a killed server, read from a copy: the next start is to find it so."""
+    with tempfile.TemporaryDirectory(prefix="dptrain-kills-") as folder:
+        for part in store.parent.glob(f"{store.name}*"):
+            shutil.copy(part, folder)
+        with contextlib.closing(sqlite3.connect(Path(folder) / store.name)) as connection:
+            found = dict(connection.execute("SELECT name, state FROM jobs").fetchall())
+    return (State(found[name]).name if name in found else _NOT_THERE for name in names)
+
+
+def _judged(
+    server: Killed, requests: list[str], wanted: str, kills: Counter[str], hit: Counter[tuple[str, str]]
+) -> Verdict:
     until = time.monotonic() + _DONE
     with server.client() as client:
         while any(job.state not in ENDED for job in client.jobs(page_size=1000)) and time.monotonic() < until:
@@ -181,7 +221,7 @@ def _judged(server: Killed, requests: list[str], wanted: str, kills: Counter[str
         found = json.loads(result.read_text())["weights_sha256"] if result.exists() else "none"
         if job.state != job_pb2.JOB_STATE_SUCCEEDED or found != wanted:
             wrong.append(f"{job.id}: {job_pb2.JobState.Name(job.state)} {found} {job.message}")
-    return Verdict(len(jobs), kills, lost, twice, wrong)
+    return Verdict(len(jobs), kills, hit, lost, twice, wrong)
 
 
 def _submit(folder: Path, requests: list[str]) -> None:
@@ -195,8 +235,6 @@ def _submit(folder: Path, requests: list[str]) -> None:
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    import tempfile
-
     with tempfile.TemporaryDirectory(prefix="dptrain-kills-") as name:
         yield Path(name)
 
@@ -214,11 +252,7 @@ def main() -> int:
         return 0
     with _folder() as folder:
         verdict = campaign(folder, asked.kills, asked.seed)
-    kinds = " ".join(f"{kind}={count}" for kind, count in sorted(verdict.kills.items()))
-    print(f"{sum(verdict.kills.values())} kills ({kinds}), {verdict.jobs} jobs:", end=" ")
-    print(f"{len(verdict.lost)} lost, {len(verdict.twice)} run twice, {len(verdict.wrong)} with another end")
-    for line in (*verdict.lost, *verdict.twice, *verdict.wrong):
-        print(" ", line)
+    print(verdict.table())
     return int(not verdict.good)
 
 

@@ -1,7 +1,10 @@
+import contextlib
+import shlex
 import sqlite3
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -178,6 +181,38 @@ def test_removed_jobs_are_not_there(store: Store) -> None:
     assert store.removed() == ["a"]
     store.forget("a")
     assert store.removed() == []
+
+
+def test_a_search_reads_indexes_alone(store: Store) -> None:
+    filters = ("", "name=x", "label.k=v", "state=SUCCEEDED", "state=QUEUED,FAILED", "active=true", "active=false")
+    for owner, filter_text, order_by in product((None, "ada"), filters, ("created", "updated desc", "priority asc")):
+        text, values = Query.of(owner, 50, "", filter_text, order_by).sql("id, rest")
+        plan = [row[3] for row in store._reader().execute(f"EXPLAIN QUERY PLAN {text}", values)]
+        whole, *searched = [line for line in plan if " jobs " in line]
+        assert "PRIMARY KEY" in whole
+        assert searched
+        assert all("COVERING" in line for line in searched), plan
+
+
+def test_labels_are_found_as_they_are(store: Store) -> None:
+    labels = ('a"b', "ü", "a\\", "a b", "\U0001f600")
+    for i, label in enumerate(labels):
+        for name, given in (("a", {label: label}), ("b", {f'x"{label}': label}), ("c", {"k": f'"{label}": "{label}"'})):
+            store.create(job(f"{name}{i}", spec=replace(SPEC, labels=given)), "", "")
+    for i, label in enumerate(labels):
+        word = shlex.quote(f"label.{label}={label}")
+        assert [found.id for found in store.page(Query.of(None, 9, "", word, "")).jobs] == [f"a{i}"]
+
+
+def test_a_store_of_the_first_version_is_brought_to_this_one(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(f"{MIGRATIONS[0]}; PRAGMA user_version = 1;")
+        connection.execute("INSERT INTO jobs VALUES ('a', 'ada', 'n', 1, 0, 1, 1, 0, '{}', '{}', NULL, NULL, 0, 0)")
+        connection.commit()
+    store = Store(path)
+    assert store.unended("ada") == 1
+    store.close()
 
 
 def test_a_newer_store_is_refused(tmp_path: Path) -> None:
