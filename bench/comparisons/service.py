@@ -24,11 +24,15 @@ from bench.spawn import Found, NotRun
 from dptrain.errors import DptrainError
 from dptrain.job.load import load_job
 from dptrain.rundir import JOURNAL
-from dptrain.service import keeper
+from dptrain.service import keeper, known
 from dptrain.service.client import Client
 from dptrain.service.model import Job, Spec, State
 from dptrain.service.server import STORE
 from dptrain.service.store import Store
+from dptrain.v1 import log_service_pb2
+from dptrain.wire.address import parse
+from dptrain.wire.channel import connect
+from dptrain.wire.security import Calling
 
 POLL = 0.002
 SUBMITTERS = 8
@@ -68,7 +72,7 @@ def main(options: Options) -> None:
             {
                 "submits": lambda repeat: _submits(store, submits),
                 "list": lambda repeat: _list(store),
-                "followers": lambda repeat: _followers(followers, 1.0 if options.quick else 10.0),
+                "followers": lambda repeat: _followers(followers, 0.5 if options.quick else 5.0),
                 "first step": lambda repeat: _first_step(),
             },
             options.repeats,
@@ -134,12 +138,12 @@ def _served(cores: set[int] | None = None, store: Path | None = None) -> Iterato
         try:
             served.up()
             yield served
-            with served.client() as client:
+        finally:
+            with contextlib.suppress(DptrainError), served.client() as client:
                 for job in client.jobs("active=true", page_size=1000):
                     client.cancel(job.id, grace=timedelta())
                 for job in client.jobs("active=true"):
                     client.wait(job.id)
-        finally:
             served.process.terminate()
             served.process.wait()
 
@@ -205,7 +209,7 @@ def _list(store: Path) -> Found:
 
 
 def _followers(number: int, seconds: float) -> Found:
-    """The job alone on one core, the server and all followers on another."""
+    """The job alone on one core, the server and all followers on another, in turns without and with them."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise NotRun("needs two cores")
@@ -222,8 +226,9 @@ def _followers(number: int, seconds: float) -> Found:
                         for thread in os.listdir(f"/proc/{entry.name}/task"):
                             os.sched_setaffinity(int(thread), {cores[0]})
         rates: dict[bool, list[float]] = {False: [], True: []}
-        for followed in (False, True, True, False):
+        for followed in (False, True, True, False) * 2:
             with _following(served, job.id, number if followed else 0, cores[1]):
+                time.sleep(min(1.0, seconds / 5))
                 rates[followed].append(_rate(journal, seconds))
     return {"followers": sum(rates[True]) / sum(rates[False])}
 
@@ -248,12 +253,17 @@ def _following(served: _Served, job: str, number: int, core: int) -> Iterator[No
 
 def _follow(folder: Path, job: str, number: int) -> None:
     environ = {**os.environ, "XDG_CONFIG_HOME": str(folder / "config")}
+    address = parse(f"unix:{folder / 's'}")
+    token = known.path_of(address, environ).read_text().strip()
+    request = log_service_pb2.TailLogsRequest(job_id=job, follow=True, tail=1).SerializeToString()
     begun = threading.Semaphore(0)
 
     def follow() -> None:
-        with Client(f"unix:{folder / 's'}", environ=environ) as client:
-            for _ in client.logs(job, follow=True):
-                begun.release()
+        # As bytes: what a follower does with lines is its own affair.
+        with connect(address, Calling(token)) as channel:
+            for number, _ in enumerate(channel.unary_stream("/dptrain.v1.LogService/TailLogs")(request)):
+                if not number:
+                    begun.release()
 
     for _ in range(number):
         threading.Thread(target=follow, daemon=True).start()

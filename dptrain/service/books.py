@@ -208,7 +208,9 @@ class Watched:
     """Rings a bell when a file has grown. One thread looks at all files that someone waits for."""
 
     EVERY = 0.1
-    """Seconds between looks; more where hundreds wait, so that a busy server wakes them less often."""
+    """Seconds between looks, unless so many wait that there are fewer."""
+    WAKES = 200
+    """A second, of all that wait: what follows jobs must not slow them."""
 
     def __init__(self, ring: Callable[[str], None]) -> None:
         self._ring = ring
@@ -245,7 +247,7 @@ class Watched:
         self._thread.join()
 
     def _look(self) -> None:
-        while self._some.wait() and not self._ends.wait(self.EVERY * (1 + self._waiting / 100)):
+        while self._some.wait() and not self._ends.wait(max(self.EVERY, self._waiting / self.WAKES)):
             with self._lock:
                 keys = list(self._sizes)
                 self._waiting = sum(number for _, number in self._sizes.values())

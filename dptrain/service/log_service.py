@@ -45,12 +45,12 @@ class LogService(log_service_pb2_grpc.LogServiceServicer):
         with self.desk.watched.file(path) as key:
             # A turn has first how the job stands, then its lines: what it printed before it ended is there by then.
             for now in self.desk.turns(job, context, key):
-                while True:
-                    messages, after = read(path, offset, accept)
+                # What is printed meanwhile waits for the next turn, so that each of hundreds is told of it at once.
+                end, before = books.size(path), -1
+                while before < offset < end:
+                    before = offset
+                    messages, offset = read(path, offset, accept)
                     yield from messages
-                    if after == offset:
-                        break
-                    offset = after
                 if not request.follow or now.state in ENDED or now.state is State.PAUSED:
                     yield log_service_pb2.TailLogsResponse(end=self._end(now))
                     return
@@ -86,16 +86,16 @@ class _Shared:
         self._kept: OrderedDict[Hashable, tuple[Sequence[log_service_pb2.TailLogsResponse], int]] = OrderedDict()
 
     def read(self, path: Path, offset: int, accept: _Accept) -> tuple[Sequence[log_service_pb2.TailLogsResponse], int]:
-        """As ``_read``, of all lines."""
-        size = books.size(path)
-        if size == offset:
-            return (), offset
+        """As ``_read``, of all lines; perhaps fewer of them, where others have read before the file grew."""
         with self._lock:
-            found = self._kept.get((path, offset, size))
+            found = self._kept.get((path, offset))
             if found is None:
-                found = self._kept[path, offset, size] = _read(path, offset, accept)
-                if len(self._kept) > _MOST_SHARED:
-                    self._kept.popitem(last=False)
+                found = _read(path, offset, accept)
+                # A line that is not whole yet will be.
+                if found[1] > offset:
+                    self._kept[path, offset] = found
+                    if len(self._kept) > _MOST_SHARED:
+                        self._kept.popitem(last=False)
         return found
 
 

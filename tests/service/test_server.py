@@ -4,6 +4,7 @@ import os
 import select
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -54,12 +55,15 @@ def until(client: Client, job: str, *states: State, steps: int = 0) -> job_pb2.J
 def test_a_job_is_done_and_its_bits_are_those_of_a_run_by_hand(client: Client, tmp_path: Path) -> None:
     job = client.submit(write(tmp_path), workers=2, labels={"team": "x"})
     assert (job.state, job.launches) == (State.QUEUED, 0)
+    with ThreadPoolExecutor(9) as pool:
+        followed = list(pool.map(lambda _: list(client.logs(job.id, follow=True)), range(9)))
     done = client.wait(job.id)
     assert (done.state, done.exit_code, done.launches) == (State.SUCCEEDED, 0, 1)
     assert done.result.weights_sha256 == solo_hash(tmp_path)
     assert done.result.same_bits
     assert (done.progress.step, done.progress.total_steps) == (30, 30)
-    *lines, end = client.logs(job.id, follow=True)
+    *lines, end = everything = list(client.logs(job.id, follow=True))
+    assert followed == [everything] * 9
     assert isinstance(end, log_service_pb2.LogEnd)
     assert (end.state, end.exit_code) == (State.SUCCEEDED, 0)
     texts = [line.text for line in lines if isinstance(line, log_service_pb2.LogLine)]
