@@ -76,6 +76,26 @@ def describe(kernels: str, threads: int, products: str = "numpy") -> dict[str, A
     }
 
 
+def kernel_hash() -> str:
+    """A hash of what numpy and its BLAS compute here from given numbers: products, sums and functions.
+
+    It tells most machines apart that compute other bits. What a job itself computes is compared at its start.
+    """
+    import hashlib
+
+    import numpy as np
+
+    content = hashlib.sha256()
+    rng = np.random.Generator(np.random.Philox(1))
+    for dtype in (np.float32, np.float64):
+        x: Any = rng.standard_normal((67, 301)).astype(dtype)
+        w: Any = rng.standard_normal((301, 130)).astype(dtype)
+        y = x @ w
+        for made in (y, x[:1] @ w, np.matmul(x.T, y), np.exp(x), np.tanh(x), np.log(np.abs(x)), x.sum(0), y.sum(1)):
+            content.update(np.ascontiguousarray(made).tobytes())
+    return "sha256:" + content.hexdigest()
+
+
 def peak_memory() -> int:
     """The most bytes this program has had in memory so far."""
     try:

@@ -109,7 +109,7 @@ def test_each_library_has_its_place() -> None:
     allowed = {
         "mpi4py": {"dptrain.exchange.mpi"},
         "pydantic": {"dptrain.job.load"},
-        "typer": {"dptrain.cli.access", "dptrain.cli.app", "dptrain.cli.service"},
+        "typer": {"dptrain.cli.access", "dptrain.cli.app", "dptrain.cli.nodes", "dptrain.cli.service"},
         "cryptography": {"dptrain.wire.certificates"},
         "pickle": set(),
     }

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from dptrain import launch
-from dptrain.cli import access, service
+from dptrain.cli import access, nodes, service
 
 app = typer.Typer(
     name="dptrain",
@@ -379,3 +379,4 @@ def token_list(tokens: Tokens) -> None:
 
 
 service.register(app)
+nodes.register(app)

@@ -149,7 +149,7 @@ def submit(
     """Submit a job. When the command ends the job is on the server's disk."""
     from dptrain.cli.service_shown import as_json
 
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
         found = client.submit(
             job,
             workers=workers,
@@ -193,7 +193,7 @@ def jobs(
     from dptrain.cli.service_shown import all_as_json, jobs_table
 
     terms = filter_text if everything else f"active=true {filter_text}"
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
 
         def shown() -> Any:
             pages = client.jobs(terms, order_by=order, page_size=min(limit, 1000), progress=True)
@@ -207,7 +207,7 @@ def jobs(
         elif output is Output.json:
             print(shown())
         else:
-            _console().print(shown())
+            console().print(shown())
 
 
 def show(
@@ -218,7 +218,7 @@ def show(
     tls_ca: access.TlsCa = None,
 ) -> None:
     """Tell all of one job."""
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
         _tell(client.job(job), output)
 
 
@@ -236,7 +236,7 @@ def logs(
     tls_ca: access.TlsCa = None,
 ) -> None:
     """Show what a job printed. With -f the exit code is the job's: 0 done, 1 failed or cancelled."""
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
         start = _moment(since) if since else None
         raise typer.Exit(_follow(client, job, output, follow=follow, rank=rank, since=start, tail=tail))
 
@@ -249,7 +249,7 @@ def wait(
     tls_ca: access.TlsCa = None,
 ) -> None:
     """Return when a job has ended, with its exit code: 0 done, 1 failed or cancelled."""
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
         found = client.job(job)
         with _detachable(f"dptrain wait {found.id}"):
             found = client.wait(found.id)
@@ -266,7 +266,7 @@ def cancel(
     tls_ca: access.TlsCa = None,
 ) -> None:
     """End a job; it writes a checkpoint within the grace."""
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
         _tell(client.cancel(job, grace=timedelta(seconds=grace)), output, short=True)
 
 
@@ -278,7 +278,7 @@ def pause(
     tls_ca: access.TlsCa = None,
 ) -> None:
     """Stop a job with a checkpoint, and give its slots to others."""
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
         _tell(client.pause(job), output, short=True)
 
 
@@ -290,7 +290,7 @@ def resume(
     tls_ca: access.TlsCa = None,
 ) -> None:
     """Queue a paused job again."""
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
         _tell(client.resume(job), output, short=True)
 
 
@@ -305,7 +305,7 @@ def retry(
     tls_ca: access.TlsCa = None,
 ) -> None:
     """Queue a failed or cancelled job again; it goes on from a checkpoint."""
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
         _tell(client.retry(job, from_step=step), output, short=True)
 
 
@@ -316,7 +316,7 @@ def delete(
     tls_ca: access.TlsCa = None,
 ) -> None:
     """Remove a job that has ended, with all of its files."""
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
         client.delete(client.job(job).id)
 
 
@@ -334,12 +334,12 @@ def metrics(
     """Show a job's curves."""
     from dptrain.cli.service_shown import as_json, series_table
 
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
         found = client.metrics(job, names or (), max_points=points)
         if output is Output.json:
             print(as_json(found))
         else:
-            _console().print(series_table(found))
+            console().print(series_table(found))
 
 
 def download(
@@ -352,7 +352,7 @@ def download(
     tls_ca: access.TlsCa = None,
 ) -> None:
     """Bring a job's run home, for `dptrain eval`, `predict` and `export`. Every file is checked."""
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
         found = client.job(job).id
         target = to or Path(found)
         if path:
@@ -374,7 +374,7 @@ def upload(
     """Bring data to the server."""
     from dptrain.cli.service_shown import as_json
 
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
         found = client.upload(file, name, overwrite=overwrite)
         print(as_json(found) if output is Output.json else f'{found.size} bytes: data.source = "{found.name}"')
 
@@ -388,14 +388,14 @@ def cluster(
     """Say who the server is, and which machines it has."""
     from dptrain.cli.service_shown import all_as_json, nodes_table, pairs_table
 
-    with _client(server, token_file, tls_ca) as client:
+    with connected(server, token_file, tls_ca) as client:
         info, nodes = client.info(), client.nodes()
         if output is Output.json:
             print(all_as_json([info, *nodes]))
             return
         counts = " ".join(f"{name.lower()}={count}" for name, count in sorted(info.jobs.items()))
         pairs = {"server": f"dptrain {info.version}", "you": f"{info.owner} ({info.role})", "jobs": counts}
-        _console().print(pairs_table(pairs), nodes_table(nodes), sep="\n\n")
+        console().print(pairs_table(pairs), nodes_table(nodes), sep="\n\n")
 
 
 COMMANDS: Sequence[tuple[Callable[..., None], str]] = (
@@ -424,7 +424,8 @@ def register(app: typer.Typer) -> None:
 
 
 @contextmanager
-def _client(server: str | None, token_file: Path | None, tls_ca: Path | None) -> Iterator["Client"]:
+def connected(server: str | None, token_file: Path | None, tls_ca: Path | None) -> Iterator["Client"]:
+    """A client of the server that the command line means."""
     from dptrain.service.client import Client
     from dptrain.wire.security import ClientTls
 
@@ -492,7 +493,7 @@ def _tell(job: "job_pb2.Job", output: Output, *, short: bool = False) -> None:
     elif short:
         print(_sentence(job.id, job))
     else:
-        _console().print(pairs_table(details(job)))
+        console().print(pairs_table(details(job)))
 
 
 def _live(shown: Callable[[], Any]) -> None:
@@ -501,7 +502,7 @@ def _live(shown: Callable[[], Any]) -> None:
     from rich.live import Live
 
     try:
-        with Live(shown(), console=_console(), auto_refresh=False) as live:
+        with Live(shown(), console=console(), auto_refresh=False) as live:
             while True:
                 threading.Event().wait(_REFRESH)
                 live.update(shown(), refresh=True)
@@ -509,7 +510,8 @@ def _live(shown: Callable[[], Any]) -> None:
         raise typer.Exit(0) from None
 
 
-def _console() -> Any:
+def console() -> Any:
+    """Where tables go."""
     from rich.console import Console
 
     # What is not shown on a terminal is for programs: a line must not be broken.

@@ -145,11 +145,14 @@ def artifacts_table(found: Sequence[artifact_service_pb2.Artifact]) -> Any:
 
 def nodes_table(nodes: Sequence[cluster_service_pb2.Node]) -> Any:
     """Machines."""
-    rows = [
-        [node.name, f"{node.free}/{node.slots}", str(node.cores), f"{node.free_memory_bytes >> 20} MiB"]
-        for node in nodes
-    ]
-    return table(["NODE", "FREE SLOTS", "CORES", "FREE MEMORY"], rows)
+    columns = ["NODE", "STATE", "FREE SLOTS", "CORES", "FREE MEMORY", "LOAD", "ADDRESS", "WHY"]
+    rows = []
+    for node in nodes:
+        state = cluster_service_pb2.NodeState.Name(node.state).removeprefix("NODE_STATE_").lower()
+        figures = [f"{node.free}/{node.slots}", str(node.cores), f"{node.free_memory_bytes >> 20} MiB"]
+        figures += [f"{node.load:.1f}", visible(node.address)]
+        rows.append([visible(node.name), state, *figures, visible(node.message)])
+    return table(columns, rows)
 
 
 def pairs_table(pairs: Sequence[tuple[str, str]] | Mapping[str, str]) -> Any:

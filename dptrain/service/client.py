@@ -33,8 +33,6 @@ from dptrain.v1 import (
     metric_service_pb2_grpc,
 )
 from dptrain.wire import address as addresses
-from dptrain.wire import tokens
-from dptrain.wire.address import Address
 from dptrain.wire.backoff import delays
 from dptrain.wire.channel import connect
 from dptrain.wire.limits import Patience
@@ -84,7 +82,7 @@ class Client:
         if tls is None and environ.get(TLS_CA):
             tls = ClientTls(Path(environ[TLS_CA]))
         self._patience = patience or Patience()
-        shown = token or _token(self.address, token_file, environ)
+        shown = token or known.token(self.address, token_file, environ)
         self._channel = connect(
             self.address, Calling(shown, tls), patience=self._patience, message_bytes=MESSAGE_BYTES, twice=_TWICE
         )
@@ -365,6 +363,16 @@ class Client:
         with told(self.address):
             return list(self._cluster.ListNodes(cluster_service_pb2.ListNodesRequest()).nodes)
 
+    def drain(self, node: str) -> cluster_service_pb2.Node:
+        """Have a node take no new work."""
+        with told(self.address):
+            return self._cluster.DrainNode(cluster_service_pb2.DrainNodeRequest(name=node)).node
+
+    def resume_node(self, node: str) -> cluster_service_pb2.Node:
+        """Have a node take work again that was drained."""
+        with told(self.address):
+            return self._cluster.ResumeNode(cluster_service_pb2.ResumeNodeRequest(name=node)).node
+
     def _id(self, job: str) -> str:
         """The whole ID, so that "@latest" stays one job."""
         return self.job(job).id
@@ -408,14 +416,6 @@ class Client:
                 if stream is not None:
                     stream.cancel()
             threading.Event().wait(next(waits))
-
-
-def _token(address: Address, token_file: Path | None, environ: Mapping[str, str]) -> str | None:
-    found = tokens.find(token_file, environ)
-    if found is not None:
-        return found
-    path = known.path_of(address, environ)
-    return tokens.find(path, {}) if path.exists() else None
 
 
 def _texts(job: JobLike, sets: Sequence[str]) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import grpc
 import dptrain
 from dptrain.service import convert
 from dptrain.service.desk import Desk, owner_of, scope
+from dptrain.service.nodes import Nodes, NodeState, View
 from dptrain.v1 import cluster_service_pb2 as pb
 from dptrain.v1 import cluster_service_pb2_grpc
 from dptrain.wire.guard import caller
@@ -18,8 +19,8 @@ from dptrain.wire.limits import Limits
 class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
     """See cluster_service.proto."""
 
-    def __init__(self, desk: Desk, allow_code: bool, limits: Limits) -> None:
-        self.desk, self.allow_code, self.limits = desk, allow_code, limits
+    def __init__(self, desk: Desk, nodes: Nodes, allow_code: bool, limits: Limits) -> None:
+        self.desk, self.nodes, self.allow_code, self.limits = desk, nodes, allow_code, limits
         self._began = time.monotonic()
 
     def GetServerInfo(
@@ -38,17 +39,40 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
         )
 
     def ListNodes(self, request: pb.ListNodesRequest, context: grpc.ServicerContext) -> pb.ListNodesResponse:
-        """This machine."""
+        """This machine, and those of agents."""
         page = os.sysconf("SC_PAGE_SIZE")
-        return pb.ListNodesResponse(
-            nodes=[
-                pb.Node(
-                    name=socket.gethostname(),
-                    slots=self.desk.conductor.slots,
-                    free=max(0, self.desk.conductor.free),
-                    cores=len(os.sched_getaffinity(0)),
-                    memory_bytes=page * os.sysconf("SC_PHYS_PAGES"),
-                    free_memory_bytes=page * os.sysconf("SC_AVPHYS_PAGES"),
-                )
-            ]
+        own = pb.Node(
+            name=socket.gethostname(),
+            slots=self.desk.conductor.slots,
+            free=max(0, self.desk.conductor.free),
+            cores=len(os.sched_getaffinity(0)),
+            memory_bytes=page * os.sysconf("SC_PHYS_PAGES"),
+            free_memory_bytes=page * os.sysconf("SC_AVPHYS_PAGES"),
+            state=pb.NODE_STATE_READY,
+            load=os.getloadavg()[0],
+        )
+        return pb.ListNodesResponse(nodes=[own, *map(self._told, self.nodes.views())])
+
+    def DrainNode(self, request: pb.DrainNodeRequest, context: grpc.ServicerContext) -> pb.DrainNodeResponse:
+        """A node takes no new work from now on."""
+        return pb.DrainNodeResponse(node=self._told(self.nodes.drain(request.name, True)))
+
+    def ResumeNode(self, request: pb.ResumeNodeRequest, context: grpc.ServicerContext) -> pb.ResumeNodeResponse:
+        """A node takes work again."""
+        return pb.ResumeNodeResponse(node=self._told(self.nodes.drain(request.name, False)))
+
+    def _told(self, view: View) -> pb.Node:
+        said = view.registration
+        return pb.Node(
+            name=said.name,
+            slots=said.slots,
+            free=said.slots if view.state is NodeState.READY else 0,
+            cores=said.cores,
+            memory_bytes=said.memory_bytes,
+            free_memory_bytes=view.health.free_memory_bytes,
+            state=pb.NodeState.ValueType(view.state),
+            message=view.message,
+            address=said.address,
+            arithmetic=said.arithmetic,
+            load=view.health.load,
         )

@@ -82,6 +82,12 @@ class Conductor:
             os.close(self._event)
             self._event = -1
 
+    def look_again(self) -> None:
+        """Plan anew: what there is to run on has changed. Any thread may call it."""
+        with self._lock:
+            self._moved = True
+            self._ring()
+
     @property
     def free(self) -> int:
         """How many slots are free."""

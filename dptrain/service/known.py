@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from dptrain.wire import tokens
 from dptrain.wire.address import Address
 
 
@@ -18,6 +19,15 @@ def path_of(address: Address, environ: Mapping[str, str]) -> Path:
     home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".config")
     name = re.sub(r"[^A-Za-z0-9.-]", "_", str(address))
     return Path(home) / "dptrain" / "servers" / f"{name}.token"
+
+
+def token(address: Address, file: Path | None, environ: Mapping[str, str]) -> str | None:
+    """The token for a server: of a file, DPTRAIN_TOKEN, or that of a server which this user has started here."""
+    found = tokens.find(file, environ)
+    if found is not None:
+        return found
+    path = path_of(address, environ)
+    return tokens.find(path, {}) if path.exists() else None
 
 
 def remember(address: Address, token: Path, environ: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import grpc
 
 from dptrain.errors import LaunchError, StorageError
 from dptrain.service import known, log
+from dptrain.service.agent_service import AgentService
 from dptrain.service.artifact_service import ArtifactService
 from dptrain.service.books import Journals, Watched
 from dptrain.service.cluster_service import ClusterService
@@ -22,10 +24,12 @@ from dptrain.service.intake import Intake
 from dptrain.service.job_service import JobService
 from dptrain.service.log_service import LogService
 from dptrain.service.metric_service import MetricService
+from dptrain.service.nodes import Nodes
 from dptrain.service.runner import Limits as JobLimits
 from dptrain.service.runner import Runner
 from dptrain.service.store import Store
 from dptrain.v1 import (
+    agent_service_pb2_grpc,
     artifact_service_pb2_grpc,
     cluster_service_pb2_grpc,
     job_service_pb2_grpc,
@@ -70,7 +74,13 @@ ROLES: Mapping[str, Mapping[str, Role]] = {
         "ListDatasets": Role.read,
         "DeleteDataset": Role.submit,
     },
-    "dptrain.v1.ClusterService": {"GetServerInfo": Role.read, "ListNodes": Role.read},
+    "dptrain.v1.ClusterService": {
+        "GetServerInfo": Role.read,
+        "ListNodes": Role.read,
+        "DrainNode": Role.admin,
+        "ResumeNode": Role.admin,
+    },
+    "dptrain.v1.AgentService": {"Serve": Role.worker},
 }
 """What a token must be for, by method."""
 
@@ -130,6 +140,7 @@ class JobServer:
         watched = Watched(store.bell.ring)
         left.callback(watched.close)
         self.desk = Desk(store, runner, conductor, Journals(), watched)
+        self.nodes = Nodes(socket.gethostname(), conductor.look_again, log.tell)
         datasets = Datasets(data.resolve() / DATASETS, options.shared and options.shared.resolve(), options.quota)
         intake = Intake(datasets, slots, options.allow_code)
         serving = Serving(tokens, options.tls)
@@ -152,6 +163,7 @@ class JobServer:
         left.callback(conductor.close)
         # First of all those who wait are let go, or the end would wait for them.
         left.callback(store.bell.close)
+        left.callback(self.nodes.close)
         self._server.start()
         known.remember(self.address, data / TOKEN, self._environ)
         log.tell("serving", address=str(self.address), data=str(data), slots=slots)
@@ -159,7 +171,11 @@ class JobServer:
     def _services(self, intake: Intake, datasets: Datasets) -> list[Service]:
         desk, options = self.desk, self.options
         jobs, logs, metrics = JobService(desk, intake), LogService(desk), MetricService(desk)
-        artifacts, cluster = ArtifactService(desk, datasets), ClusterService(desk, options.allow_code, options.limits)
+        artifacts, cluster = (
+            ArtifactService(desk, datasets),
+            ClusterService(desk, self.nodes, options.allow_code, options.limits),
+        )
+        agents = AgentService(self.nodes)
 
         def add_jobs(server: grpc.Server) -> None:
             job_service_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
@@ -176,7 +192,10 @@ class JobServer:
         def add_cluster(server: grpc.Server) -> None:
             cluster_service_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
 
-        add = (add_jobs, add_logs, add_metrics, add_artifacts, add_cluster)
+        def add_agents(server: grpc.Server) -> None:
+            agent_service_pb2_grpc.add_AgentServiceServicer_to_server(agents, server)
+
+        add = (add_jobs, add_logs, add_metrics, add_artifacts, add_cluster, add_agents)
         return [Service(name, adder, roles) for adder, (name, roles) in zip(add, ROLES.items(), strict=True)]
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n dptrain/v1/cluster_service.proto\x12\ndptrain.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetServerInfoRequest\"\x87\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12)\n\x06uptime\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x12\n\nallow_code\x18\x05 \x01(\x08\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x03\x12\x39\n\x04jobs\x18\x07 \x03(\x0b\x32+.dptrain.v1.GetServerInfoResponse.JobsEntry\x1a+\n\tJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x12\n\x10ListNodesRequest\"4\n\x11ListNodesResponse\x12\x1f\n\x05nodes\x18\x01 \x03(\x0b\x32\x10.dptrain.v1.Node\"q\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\x05\x12\x0c\n\x04\x66ree\x18\x03 \x01(\x05\x12\r\n\x05\x63ores\x18\x04 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\x19\n\x11\x66ree_memory_bytes\x18\x06 \x01(\x03\x32\xb0\x01\n\x0e\x43lusterService\x12T\n\rGetServerInfo\x12 .dptrain.v1.GetServerInfoRequest\x1a!.dptrain.v1.GetServerInfoResponse\x12H\n\tListNodes\x12\x1c.dptrain.v1.ListNodesRequest\x1a\x1d.dptrain.v1.ListNodesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n dptrain/v1/cluster_service.proto\x12\ndptrain.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetServerInfoRequest\"\x87\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12)\n\x06uptime\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x12\n\nallow_code\x18\x05 \x01(\x08\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x03\x12\x39\n\x04jobs\x18\x07 \x03(\x0b\x32+.dptrain.v1.GetServerInfoResponse.JobsEntry\x1a+\n\tJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x12\n\x10ListNodesRequest\"4\n\x11ListNodesResponse\x12\x1f\n\x05nodes\x18\x01 \x03(\x0b\x32\x10.dptrain.v1.Node\" \n\x10\x44rainNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x11\x44rainNodeResponse\x12\x1e\n\x04node\x18\x01 \x01(\x0b\x32\x10.dptrain.v1.Node\"!\n\x11ResumeNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x12ResumeNodeResponse\x12\x1e\n\x04node\x18\x01 \x01(\x0b\x32\x10.dptrain.v1.Node\"\xdb\x01\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\x05\x12\x0c\n\x04\x66ree\x18\x03 \x01(\x05\x12\r\n\x05\x63ores\x18\x04 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\x19\n\x11\x66ree_memory_bytes\x18\x06 \x01(\x03\x12$\n\x05state\x18\x07 \x01(\x0e\x32\x15.dptrain.v1.NodeState\x12\x0f\n\x07message\x18\x08 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x12\n\narithmetic\x18\n \x01(\t\x12\x0c\n\x04load\x18\x0b \x01(\x01*j\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10NODE_STATE_READY\x10\x01\x12\x16\n\x12NODE_STATE_DRAINED\x10\x02\x12\x13\n\x0fNODE_STATE_LOST\x10\x03\x32\xc7\x02\n\x0e\x43lusterService\x12T\n\rGetServerInfo\x12 .dptrain.v1.GetServerInfoRequest\x1a!.dptrain.v1.GetServerInfoResponse\x12H\n\tListNodes\x12\x1c.dptrain.v1.ListNodesRequest\x1a\x1d.dptrain.v1.ListNodesResponse\x12H\n\tDrainNode\x12\x1c.dptrain.v1.DrainNodeRequest\x1a\x1d.dptrain.v1.DrainNodeResponse\x12K\n\nResumeNode\x12\x1d.dptrain.v1.ResumeNodeRequest\x1a\x1e.dptrain.v1.ResumeNodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,6 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETSERVERINFORESPONSE_JOBSENTRY']._loaded_options = None
   _globals['_GETSERVERINFORESPONSE_JOBSENTRY']._serialized_options = b'8\001'
+  _globals['_NODESTATE']._serialized_start=842
+  _globals['_NODESTATE']._serialized_end=948
   _globals['_GETSERVERINFOREQUEST']._serialized_start=80
   _globals['_GETSERVERINFOREQUEST']._serialized_end=102
   _globals['_GETSERVERINFORESPONSE']._serialized_start=105
@@ -44,8 +46,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTNODESREQUEST']._serialized_end=388
   _globals['_LISTNODESRESPONSE']._serialized_start=390
   _globals['_LISTNODESRESPONSE']._serialized_end=442
-  _globals['_NODE']._serialized_start=444
-  _globals['_NODE']._serialized_end=557
-  _globals['_CLUSTERSERVICE']._serialized_start=560
-  _globals['_CLUSTERSERVICE']._serialized_end=736
+  _globals['_DRAINNODEREQUEST']._serialized_start=444
+  _globals['_DRAINNODEREQUEST']._serialized_end=476
+  _globals['_DRAINNODERESPONSE']._serialized_start=478
+  _globals['_DRAINNODERESPONSE']._serialized_end=529
+  _globals['_RESUMENODEREQUEST']._serialized_start=531
+  _globals['_RESUMENODEREQUEST']._serialized_end=564
+  _globals['_RESUMENODERESPONSE']._serialized_start=566
+  _globals['_RESUMENODERESPONSE']._serialized_end=618
+  _globals['_NODE']._serialized_start=621
+  _globals['_NODE']._serialized_end=840
+  _globals['_CLUSTERSERVICE']._serialized_start=951
+  _globals['_CLUSTERSERVICE']._serialized_end=1278
 # @@protoc_insertion_point(module_scope)

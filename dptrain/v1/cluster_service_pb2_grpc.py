@@ -45,6 +45,16 @@ class ClusterServiceStub(object):
                 request_serializer=dptrain_dot_v1_dot_cluster__service__pb2.ListNodesRequest.SerializeToString,
                 response_deserializer=dptrain_dot_v1_dot_cluster__service__pb2.ListNodesResponse.FromString,
                 _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/dptrain.v1.ClusterService/DrainNode',
+                request_serializer=dptrain_dot_v1_dot_cluster__service__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=dptrain_dot_v1_dot_cluster__service__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
+        self.ResumeNode = channel.unary_unary(
+                '/dptrain.v1.ClusterService/ResumeNode',
+                request_serializer=dptrain_dot_v1_dot_cluster__service__pb2.ResumeNodeRequest.SerializeToString,
+                response_deserializer=dptrain_dot_v1_dot_cluster__service__pb2.ResumeNodeResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer(object):
@@ -65,6 +75,20 @@ class ClusterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainNode(self, request, context):
+        """Have a node take no new work. Asked again, it changes nothing. Role: admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeNode(self, request, context):
+        """Have a node take work again that was drained. Asked again, it changes nothing. Role: admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +101,16 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.ListNodes,
                     request_deserializer=dptrain_dot_v1_dot_cluster__service__pb2.ListNodesRequest.FromString,
                     response_serializer=dptrain_dot_v1_dot_cluster__service__pb2.ListNodesResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=dptrain_dot_v1_dot_cluster__service__pb2.DrainNodeRequest.FromString,
+                    response_serializer=dptrain_dot_v1_dot_cluster__service__pb2.DrainNodeResponse.SerializeToString,
+            ),
+            'ResumeNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeNode,
+                    request_deserializer=dptrain_dot_v1_dot_cluster__service__pb2.ResumeNodeRequest.FromString,
+                    response_serializer=dptrain_dot_v1_dot_cluster__service__pb2.ResumeNodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +168,60 @@ class ClusterService(object):
             '/dptrain.v1.ClusterService/ListNodes',
             dptrain_dot_v1_dot_cluster__service__pb2.ListNodesRequest.SerializeToString,
             dptrain_dot_v1_dot_cluster__service__pb2.ListNodesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dptrain.v1.ClusterService/DrainNode',
+            dptrain_dot_v1_dot_cluster__service__pb2.DrainNodeRequest.SerializeToString,
+            dptrain_dot_v1_dot_cluster__service__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dptrain.v1.ClusterService/ResumeNode',
+            dptrain_dot_v1_dot_cluster__service__pb2.ResumeNodeRequest.SerializeToString,
+            dptrain_dot_v1_dot_cluster__service__pb2.ResumeNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

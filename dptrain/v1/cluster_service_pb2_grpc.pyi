@@ -20,6 +20,10 @@ class ClusterServiceStub:
     """Who answers, and whom it sees in the caller. Role: read."""
     ListNodes: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.ListNodesRequest, _cluster_service_pb2.ListNodesResponse]
     """Machines and their slots. Role: read."""
+    DrainNode: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.DrainNodeRequest, _cluster_service_pb2.DrainNodeResponse]
+    """Have a node take no new work. Asked again, it changes nothing. Role: admin."""
+    ResumeNode: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.ResumeNodeRequest, _cluster_service_pb2.ResumeNodeResponse]
+    """Have a node take work again that was drained. Asked again, it changes nothing. Role: admin."""
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     """The server and its machines."""
@@ -39,5 +43,21 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _cluster_service_pb2.ListNodesResponse:
         """Machines and their slots. Role: read."""
+
+    @_abc_1.abstractmethod
+    def DrainNode(
+        self,
+        request: _cluster_service_pb2.DrainNodeRequest,
+        context: _grpc.ServicerContext,
+    ) -> _cluster_service_pb2.DrainNodeResponse:
+        """Have a node take no new work. Asked again, it changes nothing. Role: admin."""
+
+    @_abc_1.abstractmethod
+    def ResumeNode(
+        self,
+        request: _cluster_service_pb2.ResumeNodeRequest,
+        context: _grpc.ServicerContext,
+    ) -> _cluster_service_pb2.ResumeNodeResponse:
+        """Have a node take work again that was drained. Asked again, it changes nothing. Role: admin."""
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _grpc.Server) -> None: ...

@@ -1,0 +1,85 @@
+"""``dptrain agent`` and ``dptrain nodes``: machines that take part in a server."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from dptrain.cli import access
+from dptrain.cli.service import Form, Output, Server, TokenFile, connected, console
+
+nodes = typer.Typer(
+    help="The machines of a server: list them, or have one take no new work.", invoke_without_command=True
+)
+Node = Annotated[str, typer.Argument(metavar="NODE", help="Its name.", show_default=False)]
+
+
+def agent(
+    server: Server = None,
+    slots: Annotated[int, typer.Option("--slots", metavar="N", help="How many workers this machine takes.")] = 1,
+    name: Annotated[str, typer.Option("--name", help="Of this node. Default: the host's.")] = "",
+    token_file: TokenFile = None,
+    tls_ca: access.TlsCa = None,
+) -> None:
+    """Take part in a server's cluster for this machine. It dials out to the server, and listens nowhere."""
+    from dptrain.service import agent, known, log
+    from dptrain.service.client import DEFAULT_SERVER
+    from dptrain.wire import address
+    from dptrain.wire.limits import Patience
+    from dptrain.wire.security import Calling, ClientTls
+
+    place = address.parse(server or DEFAULT_SERVER)
+    said = agent.registration(name, slots, place)
+    tls = None if tls_ca is None else ClientTls(tls_ca)
+    handler = log.begin(sys.stderr)
+    try:
+        agent.Agent(said, place, Calling(known.token(place, token_file, os.environ), tls), Patience()).run()
+    finally:
+        handler.close()
+
+
+@nodes.callback(epilog="Example: [bold]dptrain nodes drain node-3[/]")
+def listed(
+    context: typer.Context,
+    output: Form = Output.table,
+    server: Server = None,
+    token_file: TokenFile = None,
+    tls_ca: access.TlsCa = None,
+) -> None:
+    """List the machines of a server, their slots and states."""
+    if context.invoked_subcommand is not None:
+        return
+    from dptrain.cli.service_shown import all_as_json, nodes_table
+
+    with connected(server, token_file, tls_ca) as made:
+        found = made.nodes()
+    if output is Output.json:
+        print(all_as_json(found))
+    else:
+        console().print(nodes_table(found))
+
+
+@nodes.command("drain", epilog="Example: [bold]dptrain nodes drain node-3[/]")
+def drain(node: Node, server: Server = None, token_file: TokenFile = None, tls_ca: access.TlsCa = None) -> None:
+    """Have a node take no new work."""
+    with connected(server, token_file, tls_ca) as made:
+        print(_sentence(made.drain(node).name, "takes no new work"))
+
+
+@nodes.command("resume", epilog="Example: [bold]dptrain nodes resume node-3[/]")
+def resume(node: Node, server: Server = None, token_file: TokenFile = None, tls_ca: access.TlsCa = None) -> None:
+    """Have a node take work again that was drained."""
+    with connected(server, token_file, tls_ca) as made:
+        print(_sentence(made.resume_node(node).name, "takes work"))
+
+
+def _sentence(name: str, what: str) -> str:
+    return f"node {name} {what}"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    epilog = "Example: [bold]dptrain agent --server coordinator:7077 --slots 4[/]"
+    app.command(rich_help_panel="Service", epilog=epilog)(agent)
+    app.add_typer(nodes, name="nodes", rich_help_panel="Service")

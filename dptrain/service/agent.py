@@ -1,0 +1,184 @@
+"""``dptrain agent``: takes part for its machine. It dials out to the server, and nobody dials in.
+
+One stream, made again whenever it breaks, until the agent is asked to stop or the server refuses it for good.
+"""
+
+import contextlib
+import ipaddress
+import os
+import queue
+import random
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from importlib.metadata import version
+from types import FrameType
+
+import grpc
+
+from dptrain import arithmetic
+from dptrain.errors import BusyError, DptrainError, UnreachableError, UsageError
+from dptrain.service import log
+from dptrain.service.model import MOST_WORKERS
+from dptrain.v1 import agent_service_pb2 as pb
+from dptrain.v1 import agent_service_pb2_grpc
+from dptrain.wire.address import Address
+from dptrain.wire.backoff import delays
+from dptrain.wire.channel import connect
+from dptrain.wire.limits import Patience
+from dptrain.wire.security import Calling
+from dptrain.wire.statuses import told
+from dptrain.wire.version import agree
+
+LEAVING_SECONDS = 2.0
+"""In which the server must have ended the stream of an agent that leaves."""
+
+_REQUESTS = (signal.SIGTERM, signal.SIGINT)
+
+
+def registration(name: str, slots: int, server: Address) -> pb.Registration:
+    """What this machine is. Raises UsageError for slots that can't be."""
+    if not 1 <= slots <= MOST_WORKERS:
+        raise UsageError(
+            "--slots", expected=f"1 to {MOST_WORKERS} workers", found=str(slots), cure="one a core is usual"
+        )
+    arithmetic.choose("native", 1)
+    page = os.sysconf("SC_PAGE_SIZE")
+    return pb.Registration(
+        name=name or socket.gethostname(),
+        instance=secrets.token_hex(16),
+        slots=slots,
+        version=version("dptrain"),
+        arithmetic=arithmetic.named(arithmetic.describe("native", 1)),
+        fingerprint=arithmetic.kernel_hash(),
+        address=_reached_from(server),
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=page * os.sysconf("SC_PHYS_PAGES"),
+    )
+
+
+class Agent:
+    """Takes part as registered until it is asked to stop; call ``run`` from the main thread."""
+
+    def __init__(self, said: pb.Registration, server: Address, calling: Calling, patience: Patience) -> None:
+        self._registration, self._server, self._calling, self._patience = said, server, calling, patience
+        self._asked = threading.Event()
+        self._stream: _Stream | None = None
+
+    def run(self) -> None:
+        """Return when asked to stop by SIGTERM or SIGINT. Raises what the server refuses this node with."""
+        before = {number: signal.signal(number, self._ask) for number in _REQUESTS}
+        try:
+            pauses, complaint = delays(random.Random()), ""
+            while not self._asked.is_set():
+                try:
+                    if self._take_part():
+                        pauses, complaint = delays(random.Random()), ""
+                    continue
+                except (UnreachableError, BusyError) as error:
+                    if str(error) != complaint:
+                        complaint = str(error)
+                        log.tell("no connection, tries again", error=complaint)
+                self._asked.wait(next(pauses))
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+    def _take_part(self) -> bool:
+        """One connection, from its beginning to its end; True where it was cut off without a word."""
+        with contextlib.closing(connect(self._server, self._calling, patience=self._patience)) as channel:
+            agree(channel, self._server, self._patience)
+            self._stream = stream = _Stream(self._registration)
+            if self._asked.is_set():
+                return False
+            try:
+                stream.go(channel, self._server)
+            finally:
+                self._stream = None
+                stream.end()
+        return True
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked.set()
+        stream = self._stream
+        if stream is not None:
+            stream.leave()
+
+
+class _Stream:
+    """One stream to the server."""
+
+    def __init__(self, said: pb.Registration) -> None:
+        self._registration = said
+        self._said: queue.SimpleQueue[pb.ServeRequest | None] = queue.SimpleQueue()
+        self._said.put(pb.ServeRequest(registration=said))
+        self._ended = threading.Event()
+        self._leaves = False
+        self._call: grpc.Call | None = None
+
+    def go(self, channel: grpc.Channel, server: Address) -> None:
+        """Until the server ends it, or this node leaves. Raises DptrainError."""
+        stub = agent_service_pb2_grpc.AgentServiceStub(channel)
+        call = stub.Serve(self._requests())
+        self._call = call
+        try:
+            with told(server):
+                for message in call:
+                    self._hear(message, server)
+        except DptrainError:
+            if not self._leaves:
+                raise
+
+    def leave(self) -> None:
+        """Say that this node takes no more part; from a signal handler."""
+        self._leaves = True
+        self._said.put(pb.ServeRequest(leaving=pb.Leaving()))
+        self._said.put(None)
+        timer = threading.Timer(LEAVING_SECONDS, self.end)
+        timer.daemon = True
+        timer.start()
+
+    def end(self) -> None:
+        """Be done with it."""
+        self._ended.set()
+        self._said.put(None)
+        if self._call is not None:
+            self._call.cancel()
+
+    def _requests(self) -> Iterator[pb.ServeRequest]:
+        while (message := self._said.get()) is not None:
+            yield message
+
+    def _hear(self, message: pb.ServeResponse, server: Address) -> None:
+        kind = message.WhichOneof("told")
+        if kind == "welcome":
+            name, slots = self._registration.name, self._registration.slots
+            log.tell("takes part", node=name, slots=slots, server=str(server))
+            seconds = message.welcome.health_seconds
+            threading.Thread(target=self._report, args=(seconds,), name="health", daemon=True).start()
+        elif kind == "drain":
+            self._registration.drained = message.drain.drained
+            log.tell("drained" if message.drain.drained else "takes work again")
+
+    def _report(self, seconds: float) -> None:
+        """Say how this node is, again and again."""
+        while True:
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+            self._said.put(pb.ServeRequest(health=pb.Health(free_memory_bytes=free, load=os.getloadavg()[0])))
+            if self._ended.wait(seconds):
+                return
+
+
+def _reached_from(server: Address) -> str:
+    """The address of this machine by which it reaches the server; nothing is sent."""
+    if server.path:
+        return "127.0.0.1"
+    with contextlib.suppress(OSError):
+        family, kind, protocol, _, place = socket.getaddrinfo(server.host, server.port or 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(place)
+            found = str(probe.getsockname()[0])
+            return str(ipaddress.ip_address(found.partition("%")[0]))
+    return ""

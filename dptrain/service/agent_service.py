@@ -1,0 +1,71 @@
+"""AgentService: one stream for each agent."""
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import grpc
+
+from dptrain.errors import UnreachableError, UsageError
+from dptrain.service.nodes import HEALTH_SECONDS, SILENT_SECONDS, Node, Nodes
+from dptrain.v1 import agent_service_pb2 as pb
+from dptrain.v1 import agent_service_pb2_grpc
+
+
+class AgentService(agent_service_pb2_grpc.AgentServiceServicer):
+    """See agent_service.proto."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self.nodes = nodes
+
+    def Serve(
+        self, request_iterator: Iterator[pb.ServeRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.ServeResponse]:
+        """A node from its registration to its end."""
+        first = next(request_iterator, None)
+        if first is None or first.WhichOneof("said") != "registration":
+            raise UsageError(
+                "AgentService.Serve",
+                expected="a registration first",
+                found="nothing" if first is None else str(first.WhichOneof("said")),
+                cure="use the same version of dptrain on both sides",
+            )
+        node = self.nodes.join(first.registration)
+        reader = threading.Thread(target=self._read, args=(request_iterator, node), name="agent", daemon=True)
+        reader.start()
+        try:
+            yield pb.ServeResponse(welcome=pb.Welcome(health_seconds=HEALTH_SECONDS))
+            while context.is_active():
+                try:
+                    told = node.told.get(timeout=HEALTH_SECONDS)
+                except queue.Empty:
+                    if self.nodes.silent(node):
+                        raise self._lose(node, f"its agent has said nothing for {SILENT_SECONDS:g} s") from None
+                    continue
+                if told is None:
+                    break
+                yield told
+            if self.nodes.closed:
+                raise self._lose(node, "the server stops")
+        finally:
+            self.nodes.leave(node, "its agent's connection broke")
+
+    def _read(self, requests: Iterator[pb.ServeRequest], node: Node) -> None:
+        """What an agent says, until it says no more; ends the stream."""
+        try:
+            for message in requests:
+                said = message.WhichOneof("said")
+                if said == "health":
+                    self.nodes.hear(node, message.health)
+                elif said == "leaving":
+                    self.nodes.leave(node, "")
+        except Exception:  # the connection broke, or what came over it was no message
+            pass
+        finally:
+            node.told.put(None)
+
+    def _lose(self, node: Node, why: str) -> UnreachableError:
+        self.nodes.leave(node, why)
+        return UnreachableError(
+            f"node {node.registration.name}", expected="to take part", found=why, cure="its agent is to connect again"
+        )

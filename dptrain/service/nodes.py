@@ -1,0 +1,226 @@
+"""The machines that agents take part for: who they are, where they stand, and what is to be told to them.
+
+Kept in memory alone: an agent comes back by itself, and says what it was told before.
+"""
+
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from importlib.metadata import version
+from typing import NamedTuple
+
+from dptrain.errors import ArithmeticMismatch, BusyError, DptrainError, LaunchError, NotFoundError, UsageError
+from dptrain.service.model import MOST_WORKERS
+from dptrain.v1 import agent_service_pb2 as pb
+
+HEALTH_SECONDS = 3.0
+"""How often an agent says how its node is."""
+
+SILENT_SECONDS = 4 * HEALTH_SECONDS
+"""Without a word from its agent for so long a node is lost."""
+
+REMEMBERED_SECONDS = 3600.0
+"""For which a lost node is still told of."""
+
+MOST_NODES = 512
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
+
+
+class NodeState(IntEnum):
+    """Where a node stands; numbers are those of the protos."""
+
+    READY = 1
+    DRAINED = 2
+    LOST = 3
+
+
+@dataclass(eq=False)
+class Node:
+    """A node from an agent's registration on. ``told`` is what its stream is to send; None ends it."""
+
+    registration: pb.Registration
+    heard: float
+    drained: bool = False
+    lost: str = ""
+    health: pb.Health = field(default_factory=pb.Health)
+    told: "queue.SimpleQueue[pb.ServeResponse | None]" = field(default_factory=queue.SimpleQueue)
+
+    @property
+    def state(self) -> NodeState:
+        """Where it stands."""
+        return NodeState.LOST if self.lost else NodeState.DRAINED if self.drained else NodeState.READY
+
+
+class View(NamedTuple):
+    """A node at one moment; ``silent`` are the seconds since its agent last spoke."""
+
+    registration: pb.Registration
+    health: pb.Health
+    state: NodeState
+    message: str
+    silent: float
+
+
+class Nodes:
+    """The nodes of a server, whose own machine is called ``own``. Any thread may call it.
+
+    ``changed`` is called whenever the slots that take work may be others; ``tell`` is for the server's log.
+    """
+
+    def __init__(
+        self,
+        own: str,
+        changed: Callable[[], None],
+        tell: Callable[..., None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._own, self._changed, self._tell, self._clock = own, changed, tell, clock
+        self._lock = threading.Lock()
+        self._nodes: dict[str, Node] = {}
+        self._closed = False
+
+    def join(self, registration: pb.Registration) -> Node:
+        """Take a node in. Raises what it is refused with."""
+        _check(registration)
+        name = registration.name
+        with self._lock:
+            self._forget()
+            before = self._nodes.get(name)
+            self._compare(registration, before)
+            node = Node(registration, self._clock(), drained=registration.drained)
+            if before is not None and before.registration.instance == registration.instance:
+                # Its connection broke, which the server's end of it need not know yet.
+                before.lost = before.lost or "it came back by another connection"
+                before.told.put(None)
+            self._nodes[name] = node
+        self._tell("node joined", node=name, slots=registration.slots, address=registration.address)
+        self._changed()
+        return node
+
+    def leave(self, node: Node, why: str) -> None:
+        """A node's stream has ended: it is lost, or where no reason is given it has left by itself."""
+        name = node.registration.name
+        with self._lock:
+            if self._nodes.get(name) is not node or node.lost:
+                return
+            node.lost, node.heard = why, self._clock()
+            if not why:
+                del self._nodes[name]
+        if why:
+            self._tell("node lost", node=name, error=why)
+        else:
+            self._tell("node left", node=name)
+        self._changed()
+
+    def hear(self, node: Node, health: pb.Health) -> None:
+        """A node's agent has said how it is."""
+        with self._lock:
+            node.health, node.heard = health, self._clock()
+
+    def silent(self, node: Node) -> bool:
+        """Whether a node's agent has said nothing for too long."""
+        with self._lock:
+            return self._clock() - node.heard > SILENT_SECONDS
+
+    def drain(self, name: str, drained: bool) -> View:
+        """Have a node take no new work, or work again. Raises NotFoundError."""
+        with self._lock:
+            self._forget()
+            node = self._nodes.get(name)
+            if node is None:
+                raise NotFoundError(
+                    f"node {name}", expected="a node of an agent", found="none", cure="`dptrain nodes` lists them"
+                )
+            moved, node.drained = node.drained != drained, drained
+            node.told.put(pb.ServeResponse(drain=pb.Drain(drained=drained)))
+            seen = self._view(node)
+        if moved:
+            self._tell("node drained" if drained else "node resumed", node=name)
+            self._changed()
+        return seen
+
+    def views(self) -> list[View]:
+        """All nodes by name."""
+        with self._lock:
+            self._forget()
+            return [self._view(self._nodes[name]) for name in sorted(self._nodes)]
+
+    def close(self) -> None:
+        """End all streams; agents come back to the next server."""
+        with self._lock:
+            self._closed = True
+            for node in self._nodes.values():
+                node.told.put(None)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the server stops."""
+        return self._closed
+
+    def _view(self, node: Node) -> View:
+        silent = self._clock() - node.heard
+        message = node.lost or ("drained on request" if node.drained else "")
+        return View(node.registration, node.health, node.state, message, silent)
+
+    def _forget(self) -> None:
+        now = self._clock()
+        for name in [name for name, node in self._nodes.items() if node.lost and now - node.heard > REMEMBERED_SECONDS]:
+            del self._nodes[name]
+
+    def _compare(self, registration: pb.Registration, before: Node | None) -> None:
+        """Raise what a registration is refused with because of what is there."""
+        name = registration.name
+        if name == self._own:
+            raise _refused(
+                name, "another name than the server's own machine", name, "give the agent one with --name", LaunchError
+            )
+        if before is not None and not before.lost and before.registration.instance != registration.instance:
+            found = f"{name} at {before.registration.address}, which is there"
+            raise _refused(
+                name, "a name that no other node has", found, "give the agent another with --name", LaunchError
+            )
+        living = [node for key, node in self._nodes.items() if key != name and not node.lost]
+        if len(living) >= MOST_NODES:
+            raise _refused(name, f"at most {MOST_NODES} nodes", "one more", "end an agent", BusyError)
+        for node in living:
+            other = node.registration
+            if other.fingerprint != registration.fingerprint:
+                raise _refused(
+                    name,
+                    f"the arithmetic of node {other.name} ({other.arithmetic})",
+                    f"other bits ({registration.arithmetic})",
+                    "let all nodes have the same kind of CPU, numpy and BLAS, or all be started with --portable",
+                    ArithmeticMismatch,
+                )
+
+
+def _check(said: pb.Registration) -> None:
+    """Raise what a registration is refused with for itself."""
+    if _NAME.fullmatch(said.name) is None:
+        raise _refused(
+            repr(said.name[:80]),
+            "1 to 63 letters, digits, '-', '_' and '.', a letter or digit first",
+            "another name",
+            "give the agent one with --name",
+            UsageError,
+        )
+    ours = version("dptrain")
+    if said.version != ours:
+        raise _refused(
+            said.name,
+            f"dptrain {ours}, as the server",
+            f"dptrain {said.version}",
+            "install the same version on both sides",
+            UsageError,
+        )
+    if not 1 <= said.slots <= MOST_WORKERS:
+        raise _refused(said.name, f"1 to {MOST_WORKERS} slots", str(said.slots), "correct --slots", UsageError)
+
+
+def _refused(name: str, expected: str, found: str, cure: str, kind: type[DptrainError]) -> DptrainError:
+    return kind(f"node {name}", expected=expected, found=found, cure=cure)
