@@ -36,6 +36,10 @@ class Intake:
     slots: int
     allow_code: bool = False
 
+    def __post_init__(self) -> None:
+        # The first job is not to wait for what checking a job loads.
+        parse(load.to_toml(load.load_job(None)))
+
     def spec(self, asked: job_pb2.JobSpec, owner: str) -> Spec:
         """The checked spec of a request. Raises JobError or DataError, whose place begins with the field."""
         for name, text in (("job_toml", asked.job_toml), ("model_source", asked.model_source)):
