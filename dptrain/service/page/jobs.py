@@ -1,6 +1,6 @@
 """The service's jobs as something that the page can read, and steer."""
 
-import contextlib
+import math
 import os
 import threading
 import time
@@ -16,7 +16,7 @@ from dptrain.service.desk import Desk
 from dptrain.service.filter import Query
 from dptrain.service.job_service import GRACE
 from dptrain.service.model import ENDED, Job, State
-from dptrain.service.page.reading import File, JobView, Line, Lines, Who
+from dptrain.service.page.reading import FIRST_READ, File, JobView, Line, Lines, Who
 
 MOST = 200
 """Jobs that are listed."""
@@ -64,8 +64,9 @@ class Jobs:
         found, _ = self.desk.store.page(Query.of(_owner(who), MOST, "", "", ""))
         with self._lock:
             if len(self._seen) > 4 * MOST:
-                self._seen.clear()
-        return [self._view(job) for job in found]
+                self._seen = {job.id: self._seen[job.id] for job in found if job.id in self._seen}
+        until = time.monotonic() + FIRST_READ
+        return [self._view(job, until) for job in found]
 
     def job(self, who: Who, job_id: str) -> JobView:
         """See Reading."""
@@ -109,34 +110,23 @@ class Jobs:
     def _find(self, who: Who, job_id: str) -> Job:
         return self.desk.store.find(job_id, _owner(who))
 
-    def _view(self, job: Job) -> JobView:
+    def _view(self, job: Job, until: float = math.inf) -> JobView:
+        """A job as it is; past a time, what it is in the store alone, if its journal was never read."""
         reason, message = self.desk.conductor.why(job)
         journal = self.desk.journal(job.id)
-        size = 0
-        with contextlib.suppress(OSError):
-            size = journal.stat().st_size
+        size = books.size(journal)
         mark = (job.state, reason, message, job.updated, job.spec.name, job.spec.priority, job.workers, size)
         with self._lock:
             seen = self._seen.setdefault(job.id, _Seen())
+            if seen.view is None and size and time.monotonic() > until:
+                return self._made(job, reason.name, message)
             if seen.view is None or seen.mark != mark:
                 self._read_losses(seen, journal, size)
-                seen.mark, seen.view = mark, self._made(job, reason.name, message, tuple(seen.losses))
+                more = {**self._progress(job), "losses": tuple(seen.losses), "result": self._result(job)}
+                seen.mark, seen.view = mark, self._made(job, reason.name, message, **more)
             return seen.view
 
-    def _made(self, job: Job, reason: str, message: str, losses: Sequence[float]) -> JobView:
-        plain: dict[str, Any] = {}
-        if job.launch:
-            progress = self.desk.progress(job)
-            plain = {
-                "step": progress.step,
-                "total_steps": progress.total_steps,
-                "epoch": progress.epoch,
-                "loss": progress.loss if progress.HasField("loss") else None,
-                "metrics": dict(progress.metrics),
-                "samples_per_second": progress.samples_per_second,
-                "remaining": convert.seconds(progress.remaining) if progress.HasField("remaining") else None,
-                "recoveries": progress.recoveries,
-            }
+    def _made(self, job: Job, reason: str, message: str, **more: Any) -> JobView:
         return JobView(
             id=job.id,
             name=job.spec.name,
@@ -150,11 +140,24 @@ class Jobs:
             workers=job.workers,
             priority=job.spec.priority,
             launches=job.launch,
-            losses=losses,
             verbs=_possible(job.state),
-            result=self._result(job),
-            **plain,
+            **more,
         )
+
+    def _progress(self, job: Job) -> dict[str, Any]:
+        if not job.launch:
+            return {}
+        progress = self.desk.progress(job)
+        return {
+            "step": progress.step,
+            "total_steps": progress.total_steps,
+            "epoch": progress.epoch,
+            "loss": progress.loss if progress.HasField("loss") else None,
+            "metrics": dict(progress.metrics),
+            "samples_per_second": progress.samples_per_second,
+            "remaining": convert.seconds(progress.remaining) if progress.HasField("remaining") else None,
+            "recoveries": progress.recoveries,
+        }
 
     def _result(self, job: Job) -> Mapping[str, Any] | None:
         if job.state is not State.SUCCEEDED:

@@ -95,6 +95,9 @@ class File:
 
 VERBS = ("pause", "resume", "cancel", "retry")
 
+FIRST_READ = 0.1
+"""Seconds of one call for jobs whose journals were never read: a list of many long ones is not waited for."""
+
 
 class Reading(Protocol):
     """What is shown, and what may be asked for. Every method may be called by several threads at once.
@@ -106,7 +109,7 @@ class Reading(Protocol):
         """What stands at the top: ``version``, ``slots``, ``busy``, ``title``; all but the first may be left out."""
 
     def jobs(self, who: Who) -> Sequence[JobView]:
-        """The newest jobs, newest first."""
+        """The newest jobs, newest first; what the journals of some say may come with later calls (``FIRST_READ``)."""
 
     def job(self, who: Who, job_id: str) -> JobView:
         """One job."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import time
 import tomllib
@@ -12,7 +13,7 @@ from typing import Any
 from dptrain import rundir
 from dptrain.errors import DptrainError, NotFoundError, RefusedTransition
 from dptrain.journal import read_all
-from dptrain.service.page.reading import File, JobView, Line, Lines, Who
+from dptrain.service.page.reading import FIRST_READ, File, JobView, Line, Lines, Who
 
 SILENT = 15.0
 """Seconds without a word after which a run without a result counts as ended. A run writes every second."""
@@ -40,7 +41,8 @@ class Runs:
     def jobs(self, who: Who) -> Sequence[JobView]:
         """See Reading."""
         found = sorted(self._paths(), key=_begun, reverse=True)[:MOST]
-        return [self._view(path) for path in found]
+        until = time.monotonic() + FIRST_READ
+        return [self._view(path, until) for path in found]
 
     def job(self, who: Who, job_id: str) -> JobView:
         """See Reading."""
@@ -112,13 +114,16 @@ class Runs:
             raise _missing(f"run {job_id!r}")
         return found
 
-    def _view(self, path: Path) -> JobView:
+    def _view(self, path: Path, until: float = math.inf) -> JobView:
+        """A run as it is; past a time without what its journal says, if that was never read."""
         files = (rundir.JOB, rundir.JOURNAL, rundir.RESULT)
         marks = [_mark(path / name) for name in files]
         now = time.time()
         silent = float(now - marks[1][0] > SILENT)
         seen = (*(value for mark in marks for value in mark), silent)
         known = self._known.get(path)
+        if known is None and time.monotonic() > until:
+            return _read(path, bool(silent), journal=False)
         if known is None or known[0] != seen:
             known = self._known[path] = (seen, _read(path, bool(silent)))
         return known[1]
@@ -136,16 +141,16 @@ def _begun(path: Path) -> float:
     return _mark(path / rundir.JOB)[0]
 
 
-def _read(path: Path, silent: bool) -> JobView:
-    lines = read_all(path / rundir.JOURNAL)
+def _read(path: Path, silent: bool, *, journal: bool = True) -> JobView:
+    lines = read_all(path / rundir.JOURNAL) if journal else []
     job: dict[str, Any] = {}
     try:
         job = tomllib.loads(rundir.read_text(path / rundir.JOB))
         result = rundir.read_json(path / rundir.RESULT) if (path / rundir.RESULT).is_file() else None
     except (DptrainError, tomllib.TOMLDecodeError):
         result = None
-    told = _mark(path / rundir.JOURNAL)[0]
-    return run_view(path.name, job, lines, result, silent=silent, begun=_begun(path), told=told)
+    told, size = _mark(path / rundir.JOURNAL)
+    return run_view(path.name, job, lines, result, silent=silent, begun=_begun(path), told=told, trains=size > 0)
 
 
 def run_view(
@@ -157,15 +162,19 @@ def run_view(
     silent: bool,
     begun: float,
     told: float,
+    trains: bool,
 ) -> JobView:
-    """A run as a job. ``silent``: its journal has not grown for longer than it does while training."""
+    """A run as a job, with what ``lines`` of its journal say.
+
+    ``silent``: its journal has not grown for longer than it does while training; ``trains``: it holds something.
+    """
     steps = [line for line in lines if isinstance(line.get("step"), int) and "event" not in line]
     last: Mapping[str, Any] = steps[-1] if steps else {}
     attempt = int(last.get("attempt") or 1)
     here = [line for line in steps if line.get("attempt") == attempt]
     step, epoch = int(last.get("step") or 0), float(last.get("epoch") or 0.0)
     total = _total(job, step, epoch)
-    state, message = _state(result, silent, bool(steps))
+    state, message = _state(result, silent, trains)
     if result is not None and result.get("attempt") == attempt:
         total = step = int(result["steps"]) if state == "SUCCEEDED" else step
     return JobView(

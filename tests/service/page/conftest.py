@@ -1,6 +1,7 @@
 """The page over a real socket, with real runs."""
 
 import hmac
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,8 +46,8 @@ class Steered(Runs):
         super().__init__(folder)
         self.asked: list[tuple[str, str, str]] = []
 
-    def _view(self, path: Path) -> JobView:
-        view = super()._view(path)
+    def _view(self, path: Path, until: float = math.inf) -> JobView:
+        view = super()._view(path, until)
         verbs = [verb for who, job_id, verb in self.asked if job_id == path.name]
         if not verbs:
             return replace(view, verbs=("pause", "cancel"))

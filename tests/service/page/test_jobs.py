@@ -10,7 +10,8 @@ import pytest
 
 from dptrain.service.client import Client
 from dptrain.service.model import State
-from dptrain.service.page.jobs import _possible
+from dptrain.service.page.jobs import Jobs, _possible
+from dptrain.service.page.reading import Local
 from dptrain.service.server import TOKEN, TOKENS, JobServer
 from dptrain.service.verbs import cancel, pause, resume, retry
 from dptrain.wire.address import parse
@@ -65,7 +66,9 @@ def news(web: httpx.Client, job: str, enough: Callable[[dict[str, Any]], bool]) 
     raise AssertionError(told)
 
 
-def test_a_job_is_seen_and_steered(client: Client, web: httpx.Client, tmp_path: Path) -> None:
+def test_a_job_is_seen_and_steered(
+    client: Client, server: JobServer, web: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "job.toml").write_text(LONG)
     job = client.submit(tmp_path / "job.toml", workers=2).id
     told = news(web, job, lambda told: len(told["rows"]) > 1 and bool(told["log"]) and told["view"]["step"] > 0)
@@ -84,6 +87,14 @@ def test_a_job_is_seen_and_steered(client: Client, web: httpx.Client, tmp_path: 
     assert web.get(f"/api/jobs/{job}/files/..%2f..%2f..%2ftokens.json").status_code in (400, 404)
     assert web.post(f"/api/jobs/{job}/cancel").json()["job"]["state"] == "CANCELLED"
     assert client.job(job).state == State.CANCELLED
+    # A list of many long journals shows first what the store knows.
+    reading = Jobs(server.desk, 2)
+    monkeypatch.setattr("dptrain.service.page.jobs.FIRST_READ", -1.0)
+    assert [(view.state, view.losses) for view in reading.jobs(Local())] == [("CANCELLED", ())]
+    monkeypatch.undo()
+    (view,) = reading.jobs(Local())
+    assert view.losses
+    assert view.step
 
 
 def test_another_owners_job_is_not_there(

@@ -19,7 +19,7 @@ from dptrain.service.page.reading import VERBS
 from dptrain.service.page.runs import Runs
 from dptrain.service.page.server import PageServer
 from dptrain.service.page.sessions import COOKIE
-from tests.service.page.conftest import Served, Steered, Tokens
+from tests.service.page.conftest import Served, Someone, Steered, Tokens
 
 READS = [
     "/api/session",
@@ -167,6 +167,17 @@ def test_the_first_view_is_small_and_asks_nobody_else(runs: Path, served: Served
     with browser(served(Runs(runs))) as client:
         for path in folder.iterdir():
             assert client.get(f"/static/{path.name}").content == path.read_bytes()
+
+
+def test_a_long_list_does_not_wait_for_its_journals(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, who = Runs(runs), Someone("read", "read")
+    monkeypatch.setattr("dptrain.service.page.runs.FIRST_READ", -1.0)
+    told = reading.jobs(who)
+    assert {(view.state, tuple(view.losses), view.step > 0) for view in told} == {("SUCCEEDED", (), True)}
+    monkeypatch.undo()
+    later = reading.jobs(who)
+    assert [view.id for view in later] == [view.id for view in told]
+    assert all(view.losses for view in later)
 
 
 def test_files_are_those_of_the_run_and_no_others(runs: Path, served: Served, tmp_path: Path) -> None:
