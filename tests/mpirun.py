@@ -11,7 +11,7 @@ from dptrain.launch import command
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def ranks(n: int, module: str, *arguments: str, timeout: float = 240.0) -> subprocess.CompletedProcess[str]:
+def ranks(n: int, module: str, *arguments: str, timeout: float = 560.0) -> subprocess.CompletedProcess[str]:
     """Run ``python -m module`` on n ranks and wait for it."""
     line, environ = command(n, [], os.environ)
     at = line.index(sys.executable)

@@ -180,6 +180,10 @@ def test_mpich_needs_nothing(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_library_is_the_one_mpi4py_reports() -> None:
+    import mpi4py
+
+    # Open MPI would leave a file in /dev/shm.
+    mpi4py.rc.initialize = False
     from mpi4py import MPI
 
     name, version = launch.library_version()

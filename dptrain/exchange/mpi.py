@@ -87,7 +87,7 @@ def connect(deadline: float = 600.0) -> Mpi:
         MPI.Init_thread(MPI.THREAD_SERIALIZED)
     try:
         _connected = Mpi(MPI.COMM_WORLD.Dup(), deadline)
-        _unlink_shared_memory()
+        _unlink_shared_memory(alone=_connected.size == 1)
     except MPI.Exception as error:
         raise WorkerLost(
             "starting",
@@ -98,10 +98,15 @@ def connect(deadline: float = 600.0) -> Mpi:
     return _connected
 
 
-def _unlink_shared_memory() -> None:
-    """All workers of the machine have mapped MPICH's shared memory: from now on it needs no name to leave behind."""
+def _unlink_shared_memory(alone: bool) -> None:
+    """All workers of the machine have mapped MPICH's shared memory: from now on it needs no name to leave behind.
+
+    Open MPI's is mapped by another when the two first talk, and is removed by its launcher: a process that has none
+    would leave it there.
+    """
+    names = ("/dev/shm/mpich_", "/dev/shm/sm_segment.") if alone else ("/dev/shm/mpich_",)
     with open("/proc/self/maps") as maps:
-        paths = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if "/dev/shm/mpich_" in line}
+        paths = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if any(name in line for name in names)}
     for path in paths:
         with contextlib.suppress(OSError):
             os.unlink(path)

@@ -14,7 +14,7 @@ from tests.mpirun import ranks
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("declared")
-    done = ranks(8, "tests.exchange.declared_suite", str(folder), timeout=480)
+    done = ranks(8, "tests.exchange.declared_suite", str(folder))
     assert done.returncode == 0, done.stderr
     found: Results = json.loads((folder / "found.json").read_text())
     return found
