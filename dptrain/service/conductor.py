@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dptrain.errors import DptrainError, NotFoundError, RefusedTransition
-from dptrain.service import below, books, keeper, scheduler, verbs
+from dptrain.service import below, books, keeper, runner, scheduler, verbs
 from dptrain.service.model import ENDED, LIVE, WAITING, Job, Reason, State
 from dptrain.service.runner import Alive, Runner
 from dptrain.service.scheduler import Kept, Running, Waiting
@@ -78,6 +78,7 @@ class Conductor:
             if alive.handle >= 0:
                 os.close(alive.handle)
         self._alive.clear()
+        runner.reap()
         with self._lock:
             os.close(self._event)
             self._event = -1

@@ -21,6 +21,9 @@ from dptrain.service import keeper
 from dptrain.service.model import Job
 
 RUN, JOB_FILE, MODEL = "run", "job.toml", "model.py"
+_SPAWNED: set[int] = set()
+"""Keepers that are children of this process, whichever Runner started them: they outlive it, and must be waited for."""
+
 _GONE = 10.0
 """Seconds in which processes that were killed must be gone."""
 
@@ -88,7 +91,6 @@ class Runner:
         self.root, self.limits = root, limits
         ours = {name: value for name, value in environ.items() if not name.startswith("DPTRAIN_") or name in _KEPT}
         self._environment = {**ours, "DPTRAIN_PROGRESS": "plain"}
-        self._children: set[int] = set()
 
     def folder(self, job_id: str) -> Path:
         """The folder of a job."""
@@ -130,7 +132,7 @@ class Runner:
     def look(self, job_id: str, launch: int) -> Sight:
         """What has become of a launch. A handle that it gives is the caller's to close."""
         folder = self.folder(job_id)
-        self._reap()
+        reap()
         newest = _newest(folder)
         if not folder.is_dir():
             return NeverBegun()
@@ -208,15 +210,8 @@ class Runner:
             setsigmask=(),
             setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE),
         )
-        self._children.add(pid)
+        _SPAWNED.add(pid)
         return pid
-
-    def _reap(self) -> None:
-        for pid in list(self._children):
-            with contextlib.suppress(ChildProcessError):
-                if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                    continue
-            self._children.discard(pid)
 
     def _bury(self, pid: int, born: int) -> None:
         """End what is left of a session whose keeper died, and wait for it to be gone."""
@@ -237,6 +232,15 @@ class Runner:
                     os.close(handle)
             if time.monotonic() > until:
                 return
+
+
+def reap(*, wait: bool = False) -> None:
+    """Let go the keepers of this process that have ended; with ``wait`` all, when they have."""
+    for pid in list(_SPAWNED):
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(pid, 0 if wait else os.WNOHANG) == (0, 0):
+                continue
+        _SPAWNED.discard(pid)
 
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:

@@ -14,6 +14,19 @@ from dptrain.wire.tokens import Role, TokenFile
 LOOPBACK = parse("127.0.0.1:0")
 
 
+@pytest.fixture(autouse=True)
+def childless() -> Iterator[None]:
+    """No test leaves a process of this one's behind, not even one that has ended and was not waited for."""
+    before = children()
+    yield
+    assert children() <= before
+
+
+def children() -> set[int]:
+    """The processes that this one is to wait for."""
+    return {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+
+
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
     """This process's, without anybody's own tokens and servers."""
@@ -61,7 +74,7 @@ def as_owner(server: JobServer, environ: dict[str, str], tmp_path: Path) -> Iter
 def end_all(jobs: Path) -> None:
     """End every keeper that is left below a folder of jobs, and wait for it."""
     from dptrain.service import keeper
-    from dptrain.service.runner import Alive, Limits, Runner
+    from dptrain.service.runner import Alive, Limits, Runner, reap
 
     runner = Runner(jobs, Limits(), os.environ)
     for folder in jobs.glob("*"):
@@ -72,3 +85,4 @@ def end_all(jobs: Path) -> None:
             runner.ask(sight.pid, kill=True)
             select.select([sight.handle], [], [], 30)
             os.close(sight.handle)
+    reap(wait=True)
