@@ -1,17 +1,22 @@
 """``dptrain serve``: a server from its start until it is asked to stop."""
 
+import contextlib
 import os
+import resource
 import signal
 import threading
 
 from dptrain.service import known, log
 from dptrain.service.server import TOKEN, JobServer, Options
 
+MOST_FILES = 65_536
+
 
 def keep_serving(options: Options) -> None:
     """Serve until SIGTERM or SIGINT. What runs goes on, and the next server finds it again."""
     asked = threading.Event()
     handler = log.begin()
+    _hold_many_files()
     before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with JobServer(options, os.environ) as server:
@@ -30,6 +35,13 @@ def keep_serving(options: Options) -> None:
         for number, old in before.items():
             signal.signal(number, old)
         handler.close()
+
+
+def _hold_many_files() -> None:
+    """Every client is a file; what a shell allows is often 1024 of them, and what the system allows far more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))
 
 
 def _elsewhere(address: str) -> str:

@@ -51,7 +51,11 @@ def _is_plain(part: str) -> bool:
 @contextmanager
 def folder(root: Path, parts: tuple[str, ...], where: str) -> Iterator[int]:
     """A descriptor of the folder that ``parts`` name below ``root``. Raises NotFoundError."""
-    handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        # A job that has not begun has no folder.
+        raise missing(where, "/".join(parts), error) from None
     try:
         for part in parts:
             try:

@@ -1,7 +1,7 @@
 """What the service must not forget, in SQLite: jobs, what happened to them, and which requests were answered.
 
 One thread writes; it puts the writes that wait together into one transaction, and each caller goes on only when that is
-on the disk (WAL, synchronous = FULL). Every thread reads with a connection of its own.
+on the disk (WAL, synchronous = FULL). Reads take one of a few connections: hundreds of threads may want to.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -72,6 +72,9 @@ The indexes of lists hold all that a list can be filtered by, so that a search t
 _BATCH = 256
 """Writes in one transaction at most."""
 
+READERS = 8
+"""Connections that read, at most: each holds files open."""
+
 _COLUMNS = ("id", "owner", "state", "created", "updated", "finished")
 
 
@@ -97,8 +100,9 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.bell = Bell()
-        self._local = threading.local()
-        self._readers: list[sqlite3.Connection] = []
+        self._readers = threading.BoundedSemaphore(READERS)
+        self._idle: list[sqlite3.Connection] = []
+        self._closed = False
         self._lock = threading.Lock()
         self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         connection = self._open()
@@ -114,8 +118,8 @@ class Store:
             self._writes.put(None)
             self._writer.join()
         with self._lock:
-            readers, self._readers = self._readers, []
-        for connection in readers:
+            self._closed, idle, self._idle = True, self._idle, []
+        for connection in idle:
             connection.close()
 
     def create(self, job: Job, request_id: str, request_sha256: str) -> tuple[Job, bool]:
@@ -167,7 +171,8 @@ class Store:
 
     def get(self, job_id: str) -> Job:
         """The job of that id. Raises NotFoundError."""
-        return _one(self._reader(), job_id)
+        with self._reading() as connection:
+            return _one(connection, job_id)
 
     def find(self, reference: str, owner: str | None) -> Job:
         """The job of an id, of a unique prefix, or "@latest", among those of ``owner`` (None: all).
@@ -177,13 +182,13 @@ class Store:
         whose, values = ("", ()) if owner is None else (" AND owner = ?", (owner,))
         if reference == "@latest":
             text = f"SELECT id FROM jobs WHERE NOT removed{whose} ORDER BY created DESC, id DESC LIMIT 1"
-            rows = self._reader().execute(text, values).fetchall()
+            rows = self._rows(text, values)
         elif reference.isascii() and reference.isalnum():
             low = reference.lower()
             # By the id alone: the plus keeps SQLite from going through all of an owner's jobs.
             whose = whose.replace("owner", "+owner")
             text = f"SELECT id FROM jobs WHERE NOT removed AND id >= ? AND id < ?{whose} LIMIT 2"
-            rows = self._reader().execute(text, (low, low + "~", *values)).fetchall()
+            rows = self._rows(text, (low, low + "~", *values))
         else:
             rows = []
         if not rows:
@@ -199,44 +204,44 @@ class Store:
 
     def page(self, query: Query) -> Listing:
         """Jobs as asked for, without the text of their job files."""
-        rows = self._reader().execute(*query.sql(f"{', '.join(_COLUMNS)}, rest, labels")).fetchall()
+        rows = self._rows(*query.sql(f"{', '.join(_COLUMNS)}, rest, labels"))
         return query.listing([_job(row, None) for row in rows])
 
     def active(self) -> list[Job]:
         """All jobs that have not ended and are not paused, without the text of their job files."""
         states = sorted({*State} - ENDED - {State.PAUSED})
         marks = ", ".join("?" * len(states))
-        rows = self._reader().execute(
+        rows = self._rows(
             f"SELECT {', '.join(_COLUMNS)}, rest, labels FROM jobs WHERE NOT removed AND state IN ({marks})", states
         )
-        return [_job(row, None) for row in rows.fetchall()]
+        return [_job(row, None) for row in rows]
 
     def ended(self) -> list[tuple[str, float, int]]:
         """Of all jobs that have ended: id, when, and the bytes that they take."""
         marks = ", ".join("?" * len(ENDED))
         text = f"SELECT id, finished, bytes FROM jobs WHERE NOT removed AND state IN ({marks})"
-        return self._reader().execute(text, sorted(ENDED)).fetchall()
+        return [(job_id, at, size) for job_id, at, size in self._rows(text, sorted(ENDED))]
 
     def counts(self, owner: str | None) -> dict[State, int]:
         """How many jobs there are, by state."""
         whose, values = ("", ()) if owner is None else (" AND owner = ?", (owner,))
-        rows = self._reader().execute(f"SELECT state, count(*) FROM jobs WHERE NOT removed{whose} GROUP BY 1", values)
+        rows = self._rows(f"SELECT state, count(*) FROM jobs WHERE NOT removed{whose} GROUP BY 1", values)
         return {State(state): count for state, count in rows}
 
     def totals(self) -> tuple[int, int]:
         """Jobs and events that were ever written."""
-        row = self._reader().execute("SELECT (SELECT value FROM counts), (SELECT max(number) FROM events)").fetchone()
+        (row,) = self._rows("SELECT (SELECT value FROM counts), (SELECT max(number) FROM events)")
         return int(row[0] or 0), int(row[1] or 0)
 
     def unended(self, owner: str) -> int:
         """How many jobs of an owner have not ended."""
         # The condition as the index has it, which holds those jobs alone.
         text = "SELECT count(*) FROM jobs INDEXED BY jobs_unended WHERE NOT removed AND state NOT IN (8, 9, 10)"
-        return int(self._reader().execute(f"{text} AND owner = ?", (owner,)).fetchone()[0])
+        return int(self._rows(f"{text} AND owner = ?", (owner,))[0][0])
 
     def events(self, job_id: str, after: int) -> list[Event]:
         """What happened to a job after the event of that number, in order."""
-        rows = self._reader().execute(
+        rows = self._rows(
             "SELECT number, time, state, reason, message FROM events WHERE job = ? AND number > ? ORDER BY number",
             (job_id, after),
         )
@@ -257,7 +262,7 @@ class Store:
 
     def removed(self) -> list[str]:
         """Jobs that are marked as removed, and whose files may be there."""
-        return [row[0] for row in self._reader().execute("SELECT id FROM jobs WHERE removed").fetchall()]
+        return [row[0] for row in self._rows("SELECT id FROM jobs WHERE removed")]
 
     def forget(self, job_id: str) -> None:
         """Remove all that is known of a job. Its files must be gone."""
@@ -319,14 +324,32 @@ class Store:
             else:
                 write.done.set_exception(failure)
 
-    def _reader(self) -> sqlite3.Connection:
-        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if found is None:
-            found = self._local.connection = self._open()
-            found.execute("PRAGMA query_only = 1")
+    def _rows(self, text: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._reading() as connection:
+            return connection.execute(text, values).fetchall()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """One of the connections that only read, for as long as this is entered."""
+        with self._readers:
             with self._lock:
-                self._readers.append(found)
-        return found
+                if self._closed:
+                    raise _closed(self.path)
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                connection = self._open()
+                connection.execute("PRAGMA query_only = 1")
+            try:
+                yield connection
+            except sqlite3.Error as error:
+                raise _broken(self.path, error) from error
+            finally:
+                with self._lock:
+                    if not self._closed:
+                        self._idle.append(connection)
+                        connection = None
+                if connection is not None:
+                    connection.close()
 
     def _open(self) -> sqlite3.Connection:
         try:

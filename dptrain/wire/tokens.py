@@ -87,7 +87,8 @@ def fresh() -> str:
 
 def digest(token: str) -> str:
     """What is kept of a token. Nobody guesses 256 random bits, so a slow hash would protect nothing more."""
-    return hashlib.sha256(token.encode()).hexdigest()
+    # What is no text at all is nobody's token, like any other.
+    return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()
 
 
 class TokenFile:

@@ -1,6 +1,7 @@
 """Mutated calls to a live server, and what is made of its answers."""
 
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ CALL_SECONDS = 20.0
 STREAM_SECONDS = 0.1
 """An answer that streams need not end; it is left after that."""
 MOST_ANSWERS = 50
+PAUSE_SECONDS = 0.1
 
 BUGS = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS}
 """What no message, whatever it says, may bring a server to answer."""
@@ -72,6 +74,9 @@ def attack(live: Live, seed: int, calls: int) -> Tally:
             tally.parsed += sum(fit)
             tally.answers[method.path.rpartition("/")[2], code.name] += 1
             tally.reached += fit[0] and code is not grpc.StatusCode.RESOURCE_EXHAUSTED
+            if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                # Mostly there were too many calls a second, and the next ones would not be read either.
+                time.sleep(PAUSE_SECONDS)
             if code in GONE or code in BUGS:
                 tally.bad.append(f"seed {seed} call {number}: {method.path} {code.name} {said}: {sent[0][:200]!r}")
     return tally

@@ -3,16 +3,20 @@
 import json
 import signal
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
 from dptrain.service.known import path_of
 from dptrain.service.server import ROLES
+from dptrain.service.store import READERS
 from dptrain.v1 import artifact_service_pb2, job_pb2, job_service_pb2, log_service_pb2, metric_service_pb2
 from dptrain.wire.address import parse
 from dptrain.wire.security import Calling
@@ -21,8 +25,21 @@ from tests.service.conftest import end_all
 from tests.service.jobs import JOB, LONG
 from tests.service.kills import Killed
 
+MOST_FILES = 3 * READERS + 8
+"""Of the store's readers, and of the job that runs."""
+MOST_MIB = 200
 
-def _examples(job: str) -> dict[str, list[Message]]:
+
+def _examples(jobs: Sequence[str]) -> dict[str, list[Message]]:
+    """Calls about several jobs: each method has those of all."""
+    found: dict[str, list[Message]] = {}
+    for job in jobs:
+        for path, messages in _examples_of(job).items():
+            found.setdefault(path, []).extend(messages)
+    return found
+
+
+def _examples_of(job: str) -> dict[str, list[Message]]:
     spec = job_pb2.JobSpec(job_toml=JOB, workers="1..2", name="x", labels={"a": "b"}, priority=-100, max_retries=2)
     jobs, artifacts = "/dptrain.v1.JobService", "/dptrain.v1.ArtifactService"
     listing = job_service_pb2.ListJobsRequest(
@@ -63,6 +80,27 @@ def _examples(job: str) -> dict[str, list[Message]]:
     }
 
 
+@dataclass(frozen=True)
+class _Live(Live):
+    """Until the job is deleted that the calls are about: most would only hear that it is not there."""
+
+    job: Path
+
+    def over(self) -> bool:
+        return not self.job.exists()
+
+
+def _nothing_is_left(process: psutil.Process, files: int, memory: int) -> None:
+    """Of what the calls opened: connections and files within seconds, and of memory what pools and caches may have."""
+    until = time.monotonic() + 30
+    while process.num_fds() > files + MOST_FILES and time.monotonic() < until:
+        time.sleep(0.1)
+    opened, grown = process.num_fds() - files, (process.memory_info().rss - memory) >> 20
+    print(f"the server has {opened} more files open than before, and {grown} MiB more memory")
+    assert opened <= MOST_FILES
+    assert grown <= MOST_MIB
+
+
 @contextmanager
 def round(seed: int) -> Iterator[Live]:
     """A server in a process of its own; afterwards it must answer, and have met no bug."""
@@ -76,11 +114,17 @@ def round(seed: int) -> Iterator[Live]:
             server.wait_until_up()
             with server.client() as client:
                 done = client.wait(client.submit(folder / "job.toml").id)
-                client.submit(folder / "long.toml")
+                jobs = [done.id, *(client.submit(folder / "long.toml", workers=2).id for _ in range(2))]
             address = parse(server.address)
             token = path_of(address, server.environ).read_text().strip()
-            yield Live(address, Calling(token), methods_of(list(ROLES), _examples(done.id)))
+            assert server.process is not None
+            process = psutil.Process(server.process.pid)
+            files, memory = process.num_fds(), process.memory_info().rss
+            yield _Live(
+                address, Calling(token), methods_of(list(ROLES), _examples(jobs)), server.data / "jobs" / done.id
+            )
             server.wait_until_up()
+            _nothing_is_left(process, files, memory)
         finally:
             server.kill(signal.SIGTERM)
             end_all(server.data / "jobs")

@@ -1,8 +1,10 @@
 import contextlib
+import os
 import shlex
 import sqlite3
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from dptrain.errors import NotFoundError, StorageError, UsageError
 from dptrain.service.filter import Query
 from dptrain.service.model import Job, Reason, Spec, State
-from dptrain.service.store import MIGRATIONS, Store
+from dptrain.service.store import MIGRATIONS, READERS, Store
 
 SPEC = Spec(job_toml="a = 1", run_toml="a = 2", name="n\0\n'; DROP TABLE jobs; --", labels={"k": "v"}, workers=(2, 8))
 
@@ -187,11 +189,28 @@ def test_a_search_reads_indexes_alone(store: Store) -> None:
     filters = ("", "name=x", "label.k=v", "state=SUCCEEDED", "state=QUEUED,FAILED", "active=true", "active=false")
     for owner, filter_text, order_by in product((None, "ada"), filters, ("created", "updated desc", "priority asc")):
         text, values = Query.of(owner, 50, "", filter_text, order_by).sql("id, rest")
-        plan = [row[3] for row in store._reader().execute(f"EXPLAIN QUERY PLAN {text}", values)]
+        plan = [row[3] for row in store._rows(f"EXPLAIN QUERY PLAN {text}", values)]
         whole, *searched = [line for line in plan if " jobs " in line]
         assert "PRIMARY KEY" in whole
         assert searched
         assert all("COVERING" in line for line in searched), plan
+
+
+def test_many_readers_share_a_few_files(store: Store) -> None:
+    store.create(job("a"), "", "")
+    started = threading.Barrier(100)
+
+    def read(_: int) -> str:
+        started.wait()
+        return store.get("a").id
+
+    with ThreadPoolExecutor(100) as pool:
+        assert list(pool.map(read, range(100))) == ["a"] * 100
+    files = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
+    assert files.count(str(store.path)) <= READERS + 1
+    store.close()
+    with pytest.raises(StorageError, match="closed"):
+        store.get("a")
 
 
 def test_labels_are_found_as_they_are(store: Store) -> None:

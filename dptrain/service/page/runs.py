@@ -56,7 +56,8 @@ class Runs:
         """See Reading. A run alone keeps no log; its journal says the same."""
         path = self._path(job_id) / rundir.JOURNAL
         size = path.stat().st_size if path.exists() else 0
-        offset = int(cursor) if cursor.isascii() and cursor.isdigit() and int(cursor) <= size else 0
+        known = cursor.isascii() and cursor.isdigit() and len(cursor) < 16
+        offset = int(cursor) if known and int(cursor) <= size else 0
         try:
             with path.open("rb") as file:
                 file.seek(offset)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -158,7 +158,7 @@ class _Page:
         """Come in with a token."""
         try:
             content = json.loads(await _body(request))
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
         token = content.get("token") if isinstance(content, dict) else None
         if not isinstance(token, str) or not request.headers.get("content-type", "").startswith("application/json"):
@@ -272,10 +272,13 @@ class _Opened(FileResponse):
 
 async def _body(request: Request) -> bytes:
     data = b""
-    async for part in request.stream():
-        data += part
-        if len(data) > LARGEST_BODY:
-            raise ValueError("too large")
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > LARGEST_BODY:
+                raise ValueError("too large")
+    except ClientDisconnect:
+        raise ValueError("cut off") from None
     return data
 
 

@@ -7,19 +7,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from dptrain.errors import LaunchError, UsageError
 from dptrain.service.page.reading import VERBS
 from dptrain.service.page.runs import Runs
 from dptrain.service.page.server import PageServer
 from dptrain.service.page.sessions import COOKIE
-from tests.service.page.conftest import Served, Someone, Steered, Tokens
+from tests.fuzz.page import campaign, live_at, no_bugs
+from tests.service.page.conftest import TOKENS, Served, Someone, Steered, Tokens
 
 READS = [
     "/api/session",
@@ -240,37 +238,14 @@ def test_the_stream_tells_all_and_goes_on_where_it_was(runs: Path, served: Serve
         assert [event["text"] for event in late["events"]] == ["late"]
 
 
-TEXT = st.text(max_size=40)
-
-
-@pytest.fixture(scope="module")
-def fuzzed(runs: Path) -> Iterator[httpx.Client]:
-    server = PageServer(Steered(runs), door=Tokens())
-    with browser(server, "t-admin") as client:
-        yield client
-    server.close()
-
-
-WORDS = st.sampled_from(["api", "jobs", "one", "files", "..", "stream", "curves", "pause"])
-
-
-@given(
-    parts=st.lists(st.one_of(TEXT, WORDS), max_size=6),
-    method=st.sampled_from(["GET", "POST", "DELETE", "PUT", "HEAD"]),
-    mark=st.one_of(TEXT, st.sampled_from(['{"curves": {"one": -1}}', '{"curves": 5, "log": []}', "[" * 200])),
-    query=st.dictionaries(st.sampled_from(["watch", "log"]), TEXT),
-    body=st.binary(max_size=60),
-)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_no_request_breaks_it(
-    fuzzed: httpx.Client, parts: list[str], method: str, mark: str, query: dict[str, str], body: bytes
-) -> None:
-    path = f"{fuzzed.base_url}".rstrip("/") + "/" + "/".join(quote(part, safe="") for part in parts)
-    headers = {"last-event-id": quote(mark, safe='{}":,[]'), "content-type": "application/json"}
-    with fuzzed.stream(method, path, params=query, content=body, headers=headers) as answer:
-        assert answer.status_code < 500
-        if not answer.headers.get("content-type", "").startswith("text/event-stream"):
-            assert b"Traceback" not in answer.read()
+def test_no_request_breaks_it(runs: Path, served: Served) -> None:
+    with no_bugs():
+        server = served(Steered(runs), door=Tokens())
+        tally = campaign(
+            live_at(server.address, {role: token for token, role in TOKENS.items()}, ["one", "two"]), 200, 3
+        )
+        server.close()
+    assert tally.bad == []
 
 
 def test_open_addresses_need_tokens_and_tls(runs: Path) -> None:
