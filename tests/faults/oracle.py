@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dptrain import checkpoint, launch, rundir
+from dptrain import checkpoint, launch, rundir, supervision
 from tests.faults.fault import GOOD, Outcome
 
 MARKER = "FAULT_MARK"
@@ -63,12 +63,13 @@ class Surroundings:
         own = {name: value for name, value in os.environ.items() if not name.startswith("DPTRAIN_") or name in kept}
         self.environ = launch.without_launcher(own) | {MARKER: self.mark, "TMPDIR": str(self.temporary)}
         self._shared = _shared()
-        self._started = 0
+        self._started: list[int] = []
 
     def start(self, line: Sequence[str], **environ: str) -> "Command":
         """Start a command in the folder, in a session of its own."""
-        self._started += 1
-        return Command(line, self.folder, f"{self._started}", self.environ | environ)
+        command = Command(line, self.folder, f"{len(self._started) + 1}", self.environ | environ)
+        self._started.append(command.process.pid)
+        return command
 
     def run(self, line: Sequence[str], deadline: float, **environ: str) -> Ended:
         """Run a command to its end; when the deadline passes, all processes of this fault are killed."""
@@ -112,13 +113,20 @@ class Surroundings:
         """What has come to lie in shared memory and is nobody's."""
         # Other jobs of this machine come and go: theirs either has somebody who uses it, or goes with its job.
         deadline = time.monotonic() + _GRACE
-        while suspects := sorted(_shared() - self._shared):
+        while suspects := sorted(name for name in _shared() - self._shared if not self._is_anothers(name)):
             used = _used()
             suspects = [name for name in suspects if str(SHARED / name) not in used and (SHARED / name).exists()]
             if not suspects or time.monotonic() > deadline:
                 return suspects
             threading.Event().wait(0.1)
         return []
+
+    def _is_anothers(self, name: str) -> bool:
+        """Whether it is the folder of a supervisor that was not started here; those that are killed leave theirs."""
+        try:
+            return int((SHARED / name / supervision.SUPERVISOR).read_text()) not in self._started
+        except (OSError, ValueError):
+            return False
 
 
 class Command:

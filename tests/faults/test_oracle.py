@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,17 @@ def test_what_is_left_behind_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert shared.verdict == "leftover"
     assert name in shared.note
     assert _left(tmp_path / "nothing", "true").verdict == "wrong code"
+
+
+@pytest.mark.parametrize(("whose", "verdict"), [("$$", "leftover"), ("1", "wrong code")])
+def test_the_folder_of_a_killed_supervisor_is_seen_and_anothers_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str, verdict: str
+) -> None:
+    monkeypatch.setattr("tests.faults.oracle._GRACE", 0.5)
+    with tempfile.TemporaryDirectory(prefix="dptrain-run-", dir=SHARED) as folder:
+        os.rmdir(folder)
+        outcome = _left(tmp_path, f"mkdir {folder} && echo {whose} > {folder}/supervisor")
+    assert outcome.verdict == verdict
 
 
 @pytest.mark.parametrize(
