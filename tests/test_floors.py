@@ -25,6 +25,7 @@ FLOORS = [
         "board",
         "processes",
         "supervision",
+        "rsh",
     }
     | {"mkl", "v1"},
     {"job", "data", "nn", "optim"},

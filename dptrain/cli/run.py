@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from dptrain import launch
 from dptrain.cli import terminal
 from dptrain.cli.progress import Mode, observer
-from dptrain.errors import LaunchError, UsageError
+from dptrain.errors import LaunchError, UnreachableError, UsageError
 from dptrain.hosts import Host, read, share, silent
+from dptrain.rsh import NODES
 
 
 class Request(NamedTuple):
@@ -98,9 +99,21 @@ def _placed(request: Request, place: launch.Announced) -> tuple[Request, tuple[H
 def _answering(
     hosts: tuple[Host, ...], environ: Mapping[str, str], first: bool, tell: Callable[[str], None]
 ) -> list[Host]:
-    """The hosts that can have workers: at first all must, after a fault those that are left. Raises LaunchError."""
+    """The hosts that can have workers: at first all must, after a fault those that are left. Raises LaunchError.
+
+    Nodes of a server's may go at any time, and come again: UnreachableError where none is left of them.
+    """
+    served = NODES in environ
     wrong = silent(hosts, environ, Path.cwd())
     left = [host for host in hosts if host.name not in wrong]
+    if served and not left:
+        raise UnreachableError(
+            "; ".join(f"node {name}" for name in wrong),
+            expected="an answer by its agent",
+            found="; ".join(wrong.values()),
+            cure="see whether `dptrain agent` runs there",
+        )
+    first = first and not served
     if wrong and (first or not left):
         raise LaunchError(
             "; ".join(f"host {name}" for name in wrong),

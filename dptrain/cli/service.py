@@ -75,6 +75,9 @@ def serve(
     slots: Annotated[
         int, typer.Option("--slots", metavar="N", min=0, help="Workers that run at a time. Default: one a core.")
     ] = 0,
+    agents: Annotated[
+        bool, typer.Option("--agents", help="Run jobs on the nodes of `dptrain agent`s, and none on this machine.")
+    ] = False,
     tls_cert: access.TlsCert = None,
     tls_key: access.TlsKey = None,
     tls_clients: access.TlsClients = None,
@@ -107,6 +110,7 @@ def serve(
         listen=address.parse(listen),
         data=data,
         slots=slots,
+        agents=agents,
         shared=datasets,
         tls=access.server_tls(tls_cert, tls_key, tls_clients),
         allow_code=allow_code,

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 DEFAULT_SHARDS = 8
 
-NOT_KEYS = frozenset({"CACHE", "HOSTFILE", "PROGRESS", "TRACEBACK", "SUPERVISED", "FT", "SERVER", "TOKEN", "TLS_CA"})
+NOT_KEYS = frozenset(
+    {"CACHE", "HOSTFILE", "PROGRESS", "TRACEBACK", "SUPERVISED", "FT", "SERVER", "TOKEN", "TLS_CA", "NODES"}
+)
 """DPTRAIN_ variables that steer the program, not the job."""
 
 EMBEDDED: dict[str, Any] = {

@@ -11,6 +11,7 @@ import random
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -21,7 +22,9 @@ import grpc
 from dptrain import arithmetic
 from dptrain.errors import BusyError, DptrainError, UnreachableError, UsageError
 from dptrain.service import log
+from dptrain.service.daemons import Daemons
 from dptrain.service.model import MOST_WORKERS
+from dptrain.service.nodes import mpi
 from dptrain.v1 import agent_service_pb2 as pb
 from dptrain.v1 import agent_service_pb2_grpc
 from dptrain.wire.address import Address
@@ -56,6 +59,8 @@ def registration(name: str, slots: int, server: Address) -> pb.Registration:
         address=_reached_from(server),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=page * os.sysconf("SC_PHYS_PAGES"),
+        mpi=mpi(),
+        python=sys.executable,
     )
 
 
@@ -90,7 +95,7 @@ class Agent:
         """One connection, from its beginning to its end; True where it was cut off without a word."""
         with contextlib.closing(connect(self._server, self._calling, patience=self._patience)) as channel:
             agree(channel, self._server, self._patience)
-            self._stream = stream = _Stream(self._registration)
+            self._stream = stream = _Stream(self._registration, self._server)
             if self._asked.is_set():
                 return False
             try:
@@ -98,6 +103,8 @@ class Agent:
             finally:
                 self._stream = None
                 stream.end()
+                # Nobody may write any more who is not led by the server.
+                stream.daemons.close()
         return True
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -110,13 +117,14 @@ class Agent:
 class _Stream:
     """One stream to the server."""
 
-    def __init__(self, said: pb.Registration) -> None:
+    def __init__(self, said: pb.Registration, server: Address) -> None:
         self._registration = said
         self._said: queue.SimpleQueue[pb.ServeRequest | None] = queue.SimpleQueue()
         self._said.put(pb.ServeRequest(registration=said))
         self._ended = threading.Event()
         self._leaves = False
         self._call: grpc.Call | None = None
+        self.daemons = Daemons(self._said.put, server, said.address, os.environ)
 
     def go(self, channel: grpc.Channel, server: Address) -> None:
         """Until the server ends it, or this node leaves. Raises DptrainError."""
@@ -161,6 +169,12 @@ class _Stream:
         elif kind == "drain":
             self._registration.drained = message.drain.drained
             log.tell("drained" if message.drain.drained else "takes work again")
+        elif kind == "start":
+            self.daemons.start(message.start)
+        elif kind == "look":
+            self.daemons.look(message.look)
+        elif kind == "kill":
+            self.daemons.kill(message.kill.id)
 
     def _report(self, seconds: float) -> None:
         """Say how this node is, again and again."""

@@ -57,6 +57,10 @@ class AgentService(agent_service_pb2_grpc.AgentServiceServicer):
                 said = message.WhichOneof("said")
                 if said == "health":
                     self.nodes.hear(node, message.health)
+                elif said == "output":
+                    self.nodes.happen(node, message.output)
+                elif said == "exited":
+                    self.nodes.happen(node, message.exited)
                 elif said == "leaving":
                     self.nodes.leave(node, "")
         except Exception:  # the connection broke, or what came over it was no message

@@ -39,7 +39,9 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
         )
 
     def ListNodes(self, request: pb.ListNodesRequest, context: grpc.ServicerContext) -> pb.ListNodesResponse:
-        """This machine, and those of agents."""
+        """This machine, or those of agents."""
+        if self.nodes.here.mpi is not None:
+            return pb.ListNodesResponse(nodes=[self._told(view) for view in self.nodes.views()])
         page = os.sysconf("SC_PAGE_SIZE")
         own = pb.Node(
             name=socket.gethostname(),
@@ -51,7 +53,7 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
             state=pb.NODE_STATE_READY,
             load=os.getloadavg()[0],
         )
-        return pb.ListNodesResponse(nodes=[own, *map(self._told, self.nodes.views())])
+        return pb.ListNodesResponse(nodes=[own])
 
     def DrainNode(self, request: pb.DrainNodeRequest, context: grpc.ServicerContext) -> pb.DrainNodeResponse:
         """A node takes no new work from now on."""
@@ -63,10 +65,11 @@ class ClusterService(cluster_service_pb2_grpc.ClusterServiceServicer):
 
     def _told(self, view: View) -> pb.Node:
         said = view.registration
+        free = self.desk.conductor.free_of(said.name, said.slots)
         return pb.Node(
             name=said.name,
             slots=said.slots,
-            free=said.slots if view.state is NodeState.READY else 0,
+            free=max(0, free) if view.state is NodeState.READY else 0,
             cores=said.cores,
             memory_bytes=said.memory_bytes,
             free_memory_bytes=view.health.free_memory_bytes,

@@ -10,12 +10,13 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dptrain.errors import DptrainError, NotFoundError, RefusedTransition
 from dptrain.service import below, books, keeper, runner, scheduler, verbs
 from dptrain.service.model import ENDED, LIVE, WAITING, Job, Reason, State
+from dptrain.service.nodes import NodeState
 from dptrain.service.runner import Alive, Runner
 from dptrain.service.scheduler import Kept, Running, Waiting
 from dptrain.service.store import Store
@@ -32,14 +33,28 @@ _REST = 3.0
 """After a plan it rests for so many times as long as the plan took, so that a long queue leaves the server its core."""
 
 
+States = Callable[[], Mapping[str, tuple[NodeState, int]]]
+
+
 class Conductor:
     """Runs the jobs of a store on ``slots`` slots from ``start`` until ``close``; the jobs go on after that.
 
     ``tell(event, **fields)`` is for the server's log. ``keep`` = (seconds, bytes) bounds what has ended; 0: no bound.
+    With ``nodes``, which tells where nodes stand and how many slots they have, jobs run there and none here.
     """
 
-    def __init__(self, store: Store, run: Runner, slots: int, tell: Tell, keep: tuple[float, int] = (0.0, 0)) -> None:
-        self.store, self.runner, self.slots, self.tell, self.keep = store, run, slots, tell, keep
+    def __init__(
+        self,
+        store: Store,
+        run: Runner,
+        slots: int,
+        tell: Tell,
+        keep: tuple[float, int] = (0.0, 0),
+        nodes: States | None = None,
+    ) -> None:
+        self.store, self.runner, self.tell, self.keep = store, run, tell, keep
+        self._slots, self._nodes = slots, nodes
+        self._placed: dict[str, dict[str, int]] = {}
         self.reasons: dict[str, tuple[Reason, str]] = {}
         self._jobs: dict[str, Job] = {}
         self._alive: dict[str, Alive] = {}
@@ -65,6 +80,8 @@ class Conductor:
             self._jobs[job.id] = job
             if job.state in LIVE:
                 self.tell("job found again", job=job.id, state=job.state.name, launch=job.launch)
+                if self._nodes is not None:
+                    self._placed[job.id] = self.runner.placed(job.id)
                 self._look(job)
         self._thread.start()
 
@@ -88,6 +105,18 @@ class Conductor:
         with self._lock:
             self._moved = True
             self._ring()
+
+    @property
+    def slots(self) -> int:
+        """How many there are to run on."""
+        if self._nodes is None:
+            return self._slots
+        return sum(slots for state, slots in self._nodes().values() if state is NodeState.READY)
+
+    def free_of(self, name: str, slots: int) -> int:
+        """How many of a node's slots are free."""
+        live = [job.id for job in list(self._jobs.values()) if job.state in LIVE]
+        return slots - sum(self._placed.get(job_id, {}).get(name, 0) for job_id in live)
 
     @property
     def free(self) -> int:
@@ -200,6 +229,7 @@ class Conductor:
             return
         began = time.perf_counter()
         self._moved = False
+        self._move(now)
         jobs = list(self._jobs.values())
         waiting = [_waiting(job) for job in jobs if job.state in WAITING]
         found = scheduler.plan(waiting, [_running(job) for job in jobs if job.state in LIVE], self.slots, now)
@@ -212,7 +242,28 @@ class Conductor:
                 self._change(job_id, lambda job, n=workers: verbs.resize(job, time.time(), n))  # type: ignore[misc]
         self._planned = time.perf_counter() - began
 
+    def _move(self, now: float) -> None:
+        """Have jobs go on elsewhere that have workers on a node which was drained."""
+        if self._nodes is None:
+            return
+        states = self._nodes()
+        drained = {name for name, (state, _) in states.items() if state is NodeState.DRAINED}
+        for job in [job for job in self._jobs.values() if job.state in (State.STARTING, State.RUNNING)]:
+            there = sorted(drained & self._placed.get(job.id, {}).keys())
+            if there:
+                with contextlib.suppress(RefusedTransition):
+                    self._change(job.id, lambda job, node=there[0]: verbs.move(job, now, node))  # type: ignore[misc]
+
     def _start(self, job_id: str, workers: int) -> None:
+        placed = None
+        if self._nodes is not None:
+            ready = {name: slots for name, (state, slots) in self._nodes().items() if state is NodeState.READY}
+            placed = scheduler.place(workers, {name: self.free_of(name, slots) for name, slots in ready.items()})
+            if sum(placed.values()) < workers:
+                # A node went since the plan was made; the next one knows.
+                self._moved = True
+                return
+
         def decide(job: Job) -> Job:
             return verbs.starting(job, time.time(), workers) if job.state in WAITING else job
 
@@ -220,7 +271,9 @@ class Conductor:
         if job is None or job.state is not State.STARTING:
             return
         self._let_go(job_id)
-        sight = self.runner.start(job, job.launch, workers)
+        if placed is not None:
+            self._placed[job_id] = placed
+        sight = self.runner.start(job, job.launch, workers, placed)
         if isinstance(sight, Alive):
             self._hold(job_id, sight)
 
@@ -237,6 +290,7 @@ class Conductor:
         self._moved = True
         if job.state in ENDED or job.state is State.PAUSED:
             self._jobs.pop(job_id, None)
+            self._placed.pop(job_id, None)
         else:
             self._jobs[job_id] = job
         return job

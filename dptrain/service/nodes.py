@@ -13,7 +13,16 @@ from enum import IntEnum
 from importlib.metadata import version
 from typing import NamedTuple
 
-from dptrain.errors import ArithmeticMismatch, BusyError, DptrainError, LaunchError, NotFoundError, UsageError
+from dptrain import launch
+from dptrain.errors import (
+    ArithmeticMismatch,
+    BusyError,
+    DptrainError,
+    LaunchError,
+    NotFoundError,
+    UnreachableError,
+    UsageError,
+)
 from dptrain.service.model import MOST_WORKERS
 from dptrain.v1 import agent_service_pb2 as pb
 
@@ -28,6 +37,12 @@ REMEMBERED_SECONDS = 3600.0
 
 MOST_NODES = 512
 
+_MOST_OUTPUT = 256
+"""Pieces of output of a start that wait for whoever asked for it; more are dropped: a node must not wait for that."""
+
+_UNREACHED = 255
+"""The code of what was to run on a node that is lost, as ssh has it."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 
 
@@ -40,6 +55,14 @@ class NodeState(IntEnum):
 
 
 @dataclass(eq=False)
+class Start:
+    """What a node was asked for, and what comes of it: pieces of output, and at last how it ended."""
+
+    id: int
+    events: "queue.SimpleQueue[pb.Output | pb.Exited]" = field(default_factory=queue.SimpleQueue)
+
+
+@dataclass(eq=False)
 class Node:
     """A node from an agent's registration on. ``told`` is what its stream is to send; None ends it."""
 
@@ -48,6 +71,7 @@ class Node:
     drained: bool = False
     lost: str = ""
     health: pb.Health = field(default_factory=pb.Health)
+    starts: dict[int, Start] = field(default_factory=dict)
     told: "queue.SimpleQueue[pb.ServeResponse | None]" = field(default_factory=queue.SimpleQueue)
 
     @property
@@ -66,27 +90,39 @@ class View(NamedTuple):
     silent: float
 
 
+class Here(NamedTuple):
+    """What nodes are compared with: the server's machine, its MPI with the version, and the path of its Python.
+
+    ``mpi`` None: the server takes no nodes.
+    """
+
+    name: str
+    mpi: str | None
+    python: str
+
+
 class Nodes:
-    """The nodes of a server, whose own machine is called ``own``. Any thread may call it.
+    """The nodes of a server. Any thread may call it.
 
     ``changed`` is called whenever the slots that take work may be others; ``tell`` is for the server's log.
     """
 
     def __init__(
         self,
-        own: str,
+        here: Here,
         changed: Callable[[], None],
         tell: Callable[..., None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._own, self._changed, self._tell, self._clock = own, changed, tell, clock
+        self.here, self._changed, self._tell, self._clock = here, changed, tell, clock
         self._lock = threading.Lock()
         self._nodes: dict[str, Node] = {}
+        self._started = 0
         self._closed = False
 
     def join(self, registration: pb.Registration) -> Node:
         """Take a node in. Raises what it is refused with."""
-        _check(registration)
+        _compared(registration, self.here)
         name = registration.name
         with self._lock:
             self._forget()
@@ -96,7 +132,7 @@ class Nodes:
             if before is not None and before.registration.instance == registration.instance:
                 # Its connection broke, which the server's end of it need not know yet.
                 before.lost = before.lost or "it came back by another connection"
-                before.told.put(None)
+                _end(before)
             self._nodes[name] = node
         self._tell("node joined", node=name, slots=registration.slots, address=registration.address)
         self._changed()
@@ -108,7 +144,8 @@ class Nodes:
         with self._lock:
             if self._nodes.get(name) is not node or node.lost:
                 return
-            node.lost, node.heard = why, self._clock()
+            node.lost, node.heard = why or "it has left", self._clock()
+            _end(node)
             if not why:
                 del self._nodes[name]
         if why:
@@ -121,6 +158,42 @@ class Nodes:
         """A node's agent has said how it is."""
         with self._lock:
             node.health, node.heard = health, self._clock()
+
+    def begin(self, name: str, ask: Callable[[int], pb.ServeResponse]) -> Start:
+        """Ask a node for something, by a number. Raises UnreachableError where it is not there."""
+        with self._lock:
+            node = self._nodes.get(name)
+            if node is None or node.lost:
+                raise UnreachableError(
+                    f"node {name}",
+                    expected="its agent to be connected",
+                    found="none of that name" if node is None else node.lost,
+                    cure="see whether `dptrain agent` runs there",
+                )
+            self._started += 1
+            start = node.starts[self._started] = Start(self._started)
+            node.told.put(ask(start.id))
+        return start
+
+    def end(self, name: str, start: Start) -> None:
+        """Have what was asked for ended, unless it has ended already."""
+        with self._lock:
+            node = self._nodes.get(name)
+            if node is not None and start.id in node.starts:
+                node.told.put(pb.ServeResponse(kill=pb.Kill(id=start.id)))
+
+    def happen(self, node: Node, event: pb.Output | pb.Exited) -> None:
+        """Something has come of what a node was asked for."""
+        with self._lock:
+            start = node.starts.get(event.id)
+            if start is None:
+                return
+            if isinstance(event, pb.Exited):
+                del node.starts[event.id]
+                if event.refused:
+                    self._tell("node refused", node=node.registration.name, error=event.refused)
+            if isinstance(event, pb.Exited) or start.events.qsize() < _MOST_OUTPUT:
+                start.events.put(event)
 
     def silent(self, node: Node) -> bool:
         """Whether a node's agent has said nothing for too long."""
@@ -150,6 +223,11 @@ class Nodes:
             self._forget()
             return [self._view(self._nodes[name]) for name in sorted(self._nodes)]
 
+    def states(self) -> dict[str, tuple[NodeState, int]]:
+        """Where each node stands, and its slots."""
+        with self._lock:
+            return {name: (node.state, node.registration.slots) for name, node in self._nodes.items()}
+
     def close(self) -> None:
         """End all streams; agents come back to the next server."""
         with self._lock:
@@ -175,7 +253,7 @@ class Nodes:
     def _compare(self, registration: pb.Registration, before: Node | None) -> None:
         """Raise what a registration is refused with because of what is there."""
         name = registration.name
-        if name == self._own:
+        if name == self.here.name:
             raise _refused(
                 name, "another name than the server's own machine", name, "give the agent one with --name", LaunchError
             )
@@ -199,8 +277,31 @@ class Nodes:
                 )
 
 
-def _check(said: pb.Registration) -> None:
+def mpi() -> str:
+    """This installation's MPI with its version; "" where there is none."""
+    try:
+        return " ".join(launch.library_version())
+    except LaunchError:
+        return ""
+
+
+def _end(node: Node) -> None:
+    """End a node's stream, and what was asked for over it."""
+    node.told.put(None)
+    for start in node.starts.values():
+        start.events.put(pb.Exited(id=start.id, code=_UNREACHED, refused=f"it is lost: {node.lost}"))
+    node.starts.clear()
+
+
+def _compared(said: pb.Registration, here: Here) -> None:
     """Raise what a registration is refused with for itself."""
+    if here.mpi is None:
+        raise LaunchError(
+            "the server",
+            expected="to be one that runs jobs on the nodes of agents",
+            found="one that runs them on its own machine",
+            cure="start it with `dptrain serve --agents`",
+        )
     if _NAME.fullmatch(said.name) is None:
         raise _refused(
             repr(said.name[:80]),
@@ -220,6 +321,22 @@ def _check(said: pb.Registration) -> None:
         )
     if not 1 <= said.slots <= MOST_WORKERS:
         raise _refused(said.name, f"1 to {MOST_WORKERS} slots", str(said.slots), "correct --slots", UsageError)
+    if said.mpi != here.mpi:
+        raise _refused(
+            said.name,
+            f"{here.mpi or 'no MPI'}, as the server",
+            said.mpi or "no MPI",
+            "install the same MPI on both sides",
+            LaunchError,
+        )
+    if said.python != here.python:
+        raise _refused(
+            said.name,
+            f"Python at {here.python}, as on the server, whose launcher starts workers by that path",
+            said.python,
+            "install dptrain in the same place on both sides",
+            LaunchError,
+        )
 
 
 def _refused(name: str, expected: str, found: str, cure: str, kind: type[DptrainError]) -> DptrainError:

@@ -5,22 +5,20 @@ A job's folder holds all that is its own: the job file, the keeper's files, and 
 
 import contextlib
 import os
-import select
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dptrain import rundir
-from dptrain.errors import StorageError
-from dptrain.processes import process
+from dptrain import hosts, rundir
+from dptrain.errors import StorageError, UsageError
+from dptrain.processes import end_session, opened, process
 from dptrain.service import keeper
 from dptrain.service.model import Job
 
-RUN, JOB_FILE, MODEL = "run", "job.toml", "model.py"
+RUN, JOB_FILE, MODEL, HOSTS = "run", "job.toml", "model.py", "hosts"
 _SPAWNED: set[int] = set()
 """Keepers that are children of this process, whichever Runner started them: they outlive it, and must be waited for."""
 
@@ -85,12 +83,17 @@ class Limits(NamedTuple):
 
 
 class Runner:
-    """The processes of all jobs below ``root``. Call it from one thread."""
+    """The processes of all jobs below ``root``. Call it from one thread.
 
-    def __init__(self, root: Path, limits: Limits, environ: Mapping[str, str]) -> None:
+    ``reach`` are environment variables that say how launchers reach nodes, where there are any.
+    """
+
+    def __init__(
+        self, root: Path, limits: Limits, environ: Mapping[str, str], reach: Mapping[str, str] | None = None
+    ) -> None:
         self.root, self.limits = root, limits
         ours = {name: value for name, value in environ.items() if not name.startswith("DPTRAIN_") or name in _KEPT}
-        self._environment = {**ours, "DPTRAIN_PROGRESS": "plain"}
+        self._environment = {**ours, "DPTRAIN_PROGRESS": "plain", **(reach or {})}
 
     def folder(self, job_id: str) -> Path:
         """The folder of a job."""
@@ -100,8 +103,8 @@ class Runner:
         """The run directory of a job."""
         return self.root / job_id / RUN
 
-    def start(self, job: Job, launch: int, workers: int) -> Sight:
-        """Start a launch, unless one is there. Raises StorageError."""
+    def start(self, job: Job, launch: int, workers: int, placed: Mapping[str, int] | None = None) -> Sight:
+        """Start a launch, unless one is there; ``placed`` on nodes, or here. Raises StorageError."""
         folder = self.folder(job.id)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -112,9 +115,15 @@ class Runner:
             if lock is None:
                 return self.look(job.id, launch)
             with lock:
+                argv = ["run", JOB_FILE, "-n", str(workers), "--run-dir", RUN]
+                argv += ["--resume"] if launch > 1 else []
+                if placed is not None:
+                    lines = [f"{name} slots={slots}\n" for name, slots in placed.items()]
+                    rundir.write_text(folder / HOSTS, "".join(lines))
+                    argv += ["--hostfile", HOSTS]
                 order = keeper.Order(
                     launch,
-                    ["run", JOB_FILE, "-n", str(workers), "--run-dir", RUN, *(["--resume"] if launch > 1 else [])],
+                    argv,
                     self.limits.log_bytes,
                     self.limits.memory_bytes,
                 )
@@ -155,11 +164,18 @@ class Runner:
 
     def ask(self, pid: int, *, kill: bool) -> None:
         """Ask a keeper to stop its run with a checkpoint, or to kill it. Nothing happens where it is gone."""
-        handle = _pidfd(pid)
+        handle = opened(pid)
         if handle >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(handle, keeper.KILL if kill else signal.SIGTERM)
             os.close(handle)
+
+    def placed(self, job_id: str) -> dict[str, int]:
+        """On which nodes the newest launch of a job has its workers; none where it has them here."""
+        try:
+            return {host.name: host.slots for host in hosts.read(self.folder(job_id) / HOSTS)}
+        except UsageError:
+            return {}
 
     def began(self, job_id: str, launch: int) -> float:
         """When a launch began; 0 where it has not."""
@@ -218,20 +234,7 @@ class Runner:
         leader = process(pid)
         if leader is not None and leader.born != born:
             return
-        until = time.monotonic() + _GONE
-        while members := list(_members(pid)):
-            for member in members:
-                handle = _pidfd(member)
-                if handle < 0:
-                    continue
-                try:
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
-                        signal.pidfd_send_signal(handle, signal.SIGKILL)
-                    select.select([handle], [], [], max(0.0, until - time.monotonic()))
-                finally:
-                    os.close(handle)
-            if time.monotonic() > until:
-                return
+        end_session(pid, _GONE)
 
 
 def reap(*, wait: bool = False) -> None:
@@ -254,32 +257,15 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def _members(session: int) -> Iterator[int]:
-    """The processes of a session that have not ended."""
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(ProcessLookupError):
-                found = process(int(entry.name)) if os.getsid(int(entry.name)) == session else None
-                if found is not None and found.state not in "ZX":
-                    yield int(entry.name)
-
-
 def _newest(folder: Path) -> dict[str, Any] | None:
     return max(keeper.begun(folder), key=lambda line: line["launch"], default=None)
 
 
 def _handle(pid: int, born: int) -> int:
     """A descriptor of the process that has this id and was born then; -1 where there is none."""
-    handle = _pidfd(pid)
+    handle = opened(pid)
     found = process(pid) if handle >= 0 else None
     if handle >= 0 and (found is None or found.born != born):
         os.close(handle)
         return -1
     return handle
-
-
-def _pidfd(pid: int) -> int:
-    try:
-        return os.pidfd_open(pid) if pid > 0 else -1
-    except ProcessLookupError:
-        return -1

@@ -102,6 +102,22 @@ def plan(waiting: Sequence[Waiting], running: Sequence[Running], slots: int, now
     return Plan(starts, resizes, reasons, min(wakes, default=None))
 
 
+def place(workers: int, free: Mapping[str, int]) -> dict[str, int]:
+    """On which nodes so many workers go, of those that have slots free: as few as can be, and of one the tightest.
+
+    Less than ``workers`` where there are not so many slots.
+    """
+    enough = [(slots, name) for name, slots in free.items() if slots >= workers]
+    if enough:
+        return {min(enough)[1]: workers}
+    found: dict[str, int] = {}
+    for name in sorted(free, key=lambda name: (-free[name], name)):
+        taken = min(free[name], workers - sum(found.values()))
+        if taken > 0:
+            found[name] = taken
+    return found
+
+
 def _shrink(first: Waiting, running: Sequence[Running], free: int, now: float) -> dict[str, int]:
     """Take from jobs that have more than their least, the least important first, just enough for the first in order."""
     lacking = first.least - free - sum(job.workers for job in running if job.leaving)

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,7 +12,9 @@ from typing import Self
 
 import grpc
 
+from dptrain import hosts
 from dptrain.errors import LaunchError, StorageError
+from dptrain.rsh import NODES
 from dptrain.service import known, log
 from dptrain.service.agent_service import AgentService
 from dptrain.service.artifact_service import ArtifactService
@@ -24,7 +27,9 @@ from dptrain.service.intake import Intake
 from dptrain.service.job_service import JobService
 from dptrain.service.log_service import LogService
 from dptrain.service.metric_service import MetricService
-from dptrain.service.nodes import Nodes
+from dptrain.service.model import MOST_WORKERS
+from dptrain.service.nodes import Here, Nodes, mpi
+from dptrain.service.relay import Relay
 from dptrain.service.runner import Limits as JobLimits
 from dptrain.service.runner import Runner
 from dptrain.service.store import Store
@@ -87,11 +92,15 @@ ROLES: Mapping[str, Mapping[str, Role]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a server is run. ``keep`` = (seconds, bytes) bounds jobs that have ended; 0: no bound."""
+    """How a server is run. ``keep`` = (seconds, bytes) bounds jobs that have ended; 0: no bound.
+
+    With ``agents`` jobs run on the nodes of agents, and none on this machine.
+    """
 
     listen: Address
     data: Path
     slots: int = 0
+    agents: bool = False
     shared: Path | None = None
     tls: ServerTls | None = None
     allow_code: bool = False
@@ -134,15 +143,19 @@ class JobServer:
         _first_token(data, tokens)
         store = Store(data / STORE)
         left.callback(store.close)
-        runner = Runner(data.resolve() / JOBS, options.job_limits, self._environ)
+        reach = _reach(data.resolve(), self._environ) if options.agents else None
+        runner = Runner(data.resolve() / JOBS, options.job_limits, self._environ, reach)
         slots = options.slots or len(os.sched_getaffinity(0))
-        conductor = Conductor(store, runner, slots, log.tell, options.keep)
+        here = Here(socket.gethostname(), mpi() if options.agents else None, sys.executable)
+        self.nodes = Nodes(here, self._look_again, log.tell)
+        conductor = Conductor(
+            store, runner, slots, log.tell, options.keep, self.nodes.states if options.agents else None
+        )
         watched = Watched(store.bell.ring)
         left.callback(watched.close)
         self.desk = Desk(store, runner, conductor, Journals(), watched)
-        self.nodes = Nodes(socket.gethostname(), conductor.look_again, log.tell)
         datasets = Datasets(data.resolve() / DATASETS, options.shared and options.shared.resolve(), options.quota)
-        intake = Intake(datasets, slots, options.allow_code)
+        intake = Intake(datasets, MOST_WORKERS if options.agents else slots, options.allow_code)
         serving = Serving(tokens, options.tls)
         self._server = Server(options.listen, self._services(intake, datasets), serving=serving, limits=options.limits)
         left.callback(self._server.stop, 1.0)
@@ -156,9 +169,12 @@ class JobServer:
             from dptrain.service.page.server import Certificate, PageServer
 
             tls = None if options.tls is None else Certificate(options.tls.certificate, options.tls.key)
-            page = PageServer(Jobs(self.desk, slots), options.page.host, options.page.port, door=tokens, tls=tls)
+            page = PageServer(Jobs(self.desk), options.page.host, options.page.port, door=tokens, tls=tls)
             left.callback(page.close)
             self.page = page.address
+        if options.agents:
+            relay = Relay(data, self.nodes)
+            left.callback(relay.close)
         conductor.start()
         left.callback(conductor.close)
         # First of all those who wait are let go, or the end would wait for them.
@@ -166,7 +182,10 @@ class JobServer:
         left.callback(self.nodes.close)
         self._server.start()
         known.remember(self.address, data / TOKEN, self._environ)
-        log.tell("serving", address=str(self.address), data=str(data), slots=slots)
+        log.tell("serving", address=str(self.address), data=str(data), slots=conductor.slots, agents=options.agents)
+
+    def _look_again(self) -> None:
+        self.desk.conductor.look_again()
 
     def _services(self, intake: Intake, datasets: Datasets) -> list[Service]:
         desk, options = self.desk, self.options
@@ -197,6 +216,16 @@ class JobServer:
 
         add = (add_jobs, add_logs, add_metrics, add_artifacts, add_cluster, add_agents)
         return [Service(name, adder, roles) for adder, (name, roles) in zip(add, ROLES.items(), strict=True)]
+
+
+def _reach(data: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """What tells launchers to reach nodes through this server. Raises LaunchError where its program is missing."""
+    program = Path(sys.executable).parent / "dptrain-rsh"
+    if not os.access(program, os.X_OK):
+        raise LaunchError(
+            "--agents", expected=f"the program {program}", found="none", cure="install dptrain again with pip"
+        )
+    return {**dict.fromkeys(hosts.AGENTS, str(program)), NODES: str(data)}
 
 
 def _claim(data: Path, left: ExitStack) -> None:

@@ -58,6 +58,11 @@ def resize(job: Job, now: float, workers: int) -> Job:
     return job.to(State.PAUSING, Reason.RESIZING, message, kill_at=now + PAUSE_SECONDS)
 
 
+def move(job: Job, now: float, node: str) -> Job:
+    """Have a running job go on elsewhere than on a node that takes no more work."""
+    return job.to(State.PAUSING, Reason.RESIZING, f"moves off node {node}", kill_at=now + PAUSE_SECONDS)
+
+
 def too_long(job: Job, now: float, grace: float) -> Job:
     """End a job that has run for longer than it may."""
     message = f"ran longer than its {job.spec.max_seconds:g} s"

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x64ptrain/v1/agent_service.proto\x12\ndptrain.v1\"\x96\x01\n\x0cServeRequest\x12\x30\n\x0cregistration\x18\x01 \x01(\x0b\x32\x18.dptrain.v1.RegistrationH\x00\x12$\n\x06health\x18\x02 \x01(\x0b\x32\x12.dptrain.v1.HealthH\x00\x12&\n\x07leaving\x18\x03 \x01(\x0b\x32\x13.dptrain.v1.LeavingH\x00\x42\x06\n\x04said\"\xbe\x01\n\x0cRegistration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x01(\x05\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x12\n\narithmetic\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\r\n\x05\x63ores\x18\x08 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x03\x12\x0f\n\x07\x64rained\x18\n \x01(\x08\"1\n\x06Health\x12\x19\n\x11\x66ree_memory_bytes\x18\x01 \x01(\x03\x12\x0c\n\x04load\x18\x02 \x01(\x01\"\t\n\x07Leaving\"c\n\rServeResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.dptrain.v1.WelcomeH\x00\x12\"\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x11.dptrain.v1.DrainH\x00\x42\x06\n\x04told\"!\n\x07Welcome\x12\x16\n\x0ehealth_seconds\x18\x01 \x01(\x01\"\x18\n\x05\x44rain\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\x32P\n\x0c\x41gentService\x12@\n\x05Serve\x12\x18.dptrain.v1.ServeRequest\x1a\x19.dptrain.v1.ServeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x64ptrain/v1/agent_service.proto\x12\ndptrain.v1\"\xe2\x01\n\x0cServeRequest\x12\x30\n\x0cregistration\x18\x01 \x01(\x0b\x32\x18.dptrain.v1.RegistrationH\x00\x12$\n\x06health\x18\x02 \x01(\x0b\x32\x12.dptrain.v1.HealthH\x00\x12&\n\x07leaving\x18\x03 \x01(\x0b\x32\x13.dptrain.v1.LeavingH\x00\x12$\n\x06output\x18\x04 \x01(\x0b\x32\x12.dptrain.v1.OutputH\x00\x12$\n\x06\x65xited\x18\x05 \x01(\x0b\x32\x12.dptrain.v1.ExitedH\x00\x42\x06\n\x04said\"\xdb\x01\n\x0cRegistration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x01(\x05\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x12\n\narithmetic\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\r\n\x05\x63ores\x18\x08 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x03\x12\x0f\n\x07\x64rained\x18\n \x01(\x08\x12\x0b\n\x03mpi\x18\x0b \x01(\t\x12\x0e\n\x06python\x18\x0c \x01(\t\"1\n\x06Health\x12\x19\n\x11\x66ree_memory_bytes\x18\x01 \x01(\x03\x12\x0c\n\x04load\x18\x02 \x01(\x01\"\t\n\x07Leaving\"2\n\x06Output\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0e\n\x06stderr\x18\x02 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"3\n\x06\x45xited\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07refused\x18\x03 \x01(\t\"\xcb\x01\n\rServeResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.dptrain.v1.WelcomeH\x00\x12\"\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x11.dptrain.v1.DrainH\x00\x12\"\n\x05start\x18\x03 \x01(\x0b\x32\x11.dptrain.v1.StartH\x00\x12 \n\x04kill\x18\x04 \x01(\x0b\x32\x10.dptrain.v1.KillH\x00\x12 \n\x04look\x18\x05 \x01(\x0b\x32\x10.dptrain.v1.LookH\x00\x42\x06\n\x04told\"!\n\x07Welcome\x12\x16\n\x0ehealth_seconds\x18\x01 \x01(\x01\"\x18\n\x05\x44rain\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\"7\n\x05Start\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0f\n\x07program\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x03(\t\"\x12\n\x04Kill\x12\n\n\x02id\x18\x01 \x01(\x03\" \n\x04Look\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04path\x18\x02 \x01(\t2P\n\x0c\x41gentService\x12@\n\x05Serve\x12\x18.dptrain.v1.ServeRequest\x1a\x19.dptrain.v1.ServeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,19 +32,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dptrain.v1.agent_service_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SERVEREQUEST']._serialized_start=47
-  _globals['_SERVEREQUEST']._serialized_end=197
-  _globals['_REGISTRATION']._serialized_start=200
-  _globals['_REGISTRATION']._serialized_end=390
-  _globals['_HEALTH']._serialized_start=392
-  _globals['_HEALTH']._serialized_end=441
-  _globals['_LEAVING']._serialized_start=443
-  _globals['_LEAVING']._serialized_end=452
-  _globals['_SERVERESPONSE']._serialized_start=454
-  _globals['_SERVERESPONSE']._serialized_end=553
-  _globals['_WELCOME']._serialized_start=555
-  _globals['_WELCOME']._serialized_end=588
-  _globals['_DRAIN']._serialized_start=590
-  _globals['_DRAIN']._serialized_end=614
-  _globals['_AGENTSERVICE']._serialized_start=616
-  _globals['_AGENTSERVICE']._serialized_end=696
+  _globals['_SERVEREQUEST']._serialized_end=273
+  _globals['_REGISTRATION']._serialized_start=276
+  _globals['_REGISTRATION']._serialized_end=495
+  _globals['_HEALTH']._serialized_start=497
+  _globals['_HEALTH']._serialized_end=546
+  _globals['_LEAVING']._serialized_start=548
+  _globals['_LEAVING']._serialized_end=557
+  _globals['_OUTPUT']._serialized_start=559
+  _globals['_OUTPUT']._serialized_end=609
+  _globals['_EXITED']._serialized_start=611
+  _globals['_EXITED']._serialized_end=662
+  _globals['_SERVERESPONSE']._serialized_start=665
+  _globals['_SERVERESPONSE']._serialized_end=868
+  _globals['_WELCOME']._serialized_start=870
+  _globals['_WELCOME']._serialized_end=903
+  _globals['_DRAIN']._serialized_start=905
+  _globals['_DRAIN']._serialized_end=929
+  _globals['_START']._serialized_start=931
+  _globals['_START']._serialized_end=986
+  _globals['_KILL']._serialized_start=988
+  _globals['_KILL']._serialized_end=1006
+  _globals['_LOOK']._serialized_start=1008
+  _globals['_LOOK']._serialized_end=1040
+  _globals['_AGENTSERVICE']._serialized_start=1042
+  _globals['_AGENTSERVICE']._serialized_end=1122
 # @@protoc_insertion_point(module_scope)

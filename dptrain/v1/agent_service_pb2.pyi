@@ -3,8 +3,10 @@
 isort:skip_file
 Agents: each takes part for a machine, a node, and dials out to the server; nobody dials in to it."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -25,6 +27,8 @@ class ServeRequest(_message.Message):
     REGISTRATION_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    EXITED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def registration(self) -> Global___Registration:
         """First of all: what the node is."""
@@ -37,18 +41,28 @@ class ServeRequest(_message.Message):
     def leaving(self) -> Global___Leaving:
         """The agent ends, and its node takes no more part. Nothing follows."""
 
+    @_builtins.property
+    def output(self) -> Global___Output:
+        """What a program that was started has printed."""
+
+    @_builtins.property
+    def exited(self) -> Global___Exited:
+        """A program that was started has ended, or was never started; or the answer to a look."""
+
     def __init__(
         self,
         *,
         registration: Global___Registration | None = ...,
         health: Global___Health | None = ...,
         leaving: Global___Leaving | None = ...,
+        output: Global___Output | None = ...,
+        exited: Global___Exited | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["health", b"health", "leaving", b"leaving", "registration", b"registration", "said", b"said"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exited", b"exited", "health", b"health", "leaving", b"leaving", "output", b"output", "registration", b"registration", "said", b"said"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["health", b"health", "leaving", b"leaving", "registration", b"registration", "said", b"said"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exited", b"exited", "health", b"health", "leaving", b"leaving", "output", b"output", "registration", b"registration", "said", b"said"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_said: _TypeAlias = _typing.Literal["registration", "health", "leaving"]  # noqa: Y015
+    _WhichOneofReturnType_said: _TypeAlias = _typing.Literal["registration", "health", "leaving", "output", "exited"]  # noqa: Y015
     _WhichOneofArgType_said: _TypeAlias = _typing.Literal["said", b"said"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_said) -> _WhichOneofReturnType_said | None: ...
 
@@ -70,6 +84,8 @@ class Registration(_message.Message):
     CORES_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
+    MPI_FIELD_NUMBER: _builtins.int
+    PYTHON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What it is called, as no other node is: 1 to 63 letters, digits, "-", "_" and "."."""
     instance: _builtins.str
@@ -92,6 +108,10 @@ class Registration(_message.Message):
     """Its memory in bytes."""
     drained: _builtins.bool
     """Whether it was drained when it was here before."""
+    mpi: _builtins.str
+    """Its MPI with the version, such as "Open MPI 5.0.11"; it must be the server's."""
+    python: _builtins.str
+    """The path of its Python; it must be the server's, because a launcher starts workers by it."""
     def __init__(
         self,
         *,
@@ -105,10 +125,12 @@ class Registration(_message.Message):
         cores: _builtins.int = ...,
         memory_bytes: _builtins.int = ...,
         drained: _builtins.bool = ...,
+        mpi: _builtins.str = ...,
+        python: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arithmetic", b"arithmetic", "cores", b"cores", "drained", b"drained", "fingerprint", b"fingerprint", "instance", b"instance", "memory_bytes", b"memory_bytes", "name", b"name", "slots", b"slots", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arithmetic", b"arithmetic", "cores", b"cores", "drained", b"drained", "fingerprint", b"fingerprint", "instance", b"instance", "memory_bytes", b"memory_bytes", "mpi", b"mpi", "name", b"name", "python", b"python", "slots", b"slots", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -158,6 +180,66 @@ class Leaving(_message.Message):
 Global___Leaving: _TypeAlias = Leaving  # noqa: Y015
 
 @_typing.final
+class Output(_message.Message):
+    """What a program has printed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    STDERR_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Which start."""
+    stderr: _builtins.bool
+    """Whether it went to stderr."""
+    data: _builtins.bytes
+    """At most 64 KiB of it."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        stderr: _builtins.bool = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "id", b"id", "stderr", b"stderr"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Output: _TypeAlias = Output  # noqa: Y015
+
+@_typing.final
+class Exited(_message.Message):
+    """The end of a program, and of all that it started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Which start."""
+    code: _builtins.int
+    """Its exit code; 128 + N where signal N ended it."""
+    refused: _builtins.str
+    """Why it was not started; empty where it was."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        code: _builtins.int = ...,
+        refused: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "id", b"id", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Exited: _TypeAlias = Exited  # noqa: Y015
+
+@_typing.final
 class ServeResponse(_message.Message):
     """What the server says."""
 
@@ -165,6 +247,9 @@ class ServeResponse(_message.Message):
 
     WELCOME_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    KILL_FIELD_NUMBER: _builtins.int
+    LOOK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """First of all: the node takes part."""
@@ -173,17 +258,32 @@ class ServeResponse(_message.Message):
     def drain(self) -> Global___Drain:
         """Whether the node takes new work."""
 
+    @_builtins.property
+    def start(self) -> Global___Start:
+        """Start a launcher's daemon."""
+
+    @_builtins.property
+    def kill(self) -> Global___Kill:
+        """End what was started, and all that it started."""
+
+    @_builtins.property
+    def look(self) -> Global___Look:
+        """See whether this node sees a folder of the server's."""
+
     def __init__(
         self,
         *,
         welcome: Global___Welcome | None = ...,
         drain: Global___Drain | None = ...,
+        start: Global___Start | None = ...,
+        kill: Global___Kill | None = ...,
+        look: Global___Look | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "told", b"told", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "kill", b"kill", "look", b"look", "start", b"start", "told", b"told", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "told", b"told", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "kill", b"kill", "look", b"look", "start", b"start", "told", b"told", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_told: _TypeAlias = _typing.Literal["welcome", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_told: _TypeAlias = _typing.Literal["welcome", "drain", "start", "kill", "look"]  # noqa: Y015
     _WhichOneofArgType_told: _TypeAlias = _typing.Literal["told", b"told"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_told) -> _WhichOneofReturnType_told | None: ...
 
@@ -232,3 +332,83 @@ class Drain(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Drain: _TypeAlias = Drain  # noqa: Y015
+
+@_typing.final
+class Start(_message.Message):
+    """A launcher's daemon to be started. It ends with the stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    PROGRAM_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """By which the two sides name it; no other of this stream has it."""
+    program: _builtins.str
+    """Which: "prted" or "hydra_pmi_proxy", of the node's own installation. Anything else is refused."""
+    @_builtins.property
+    def arguments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Its arguments."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        program: _builtins.str = ...,
+        arguments: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "id", b"id", "program", b"program"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Start: _TypeAlias = Start  # noqa: Y015
+
+@_typing.final
+class Kill(_message.Message):
+    """An end to what was started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Which start."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Kill: _TypeAlias = Kill  # noqa: Y015
+
+@_typing.final
+class Look(_message.Message):
+    """Whether a mark is seen, which the server has made in a folder; answered by Exited with code 0, or 42 where it isn't."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """By which the answer names it."""
+    path: _builtins.str
+    """The mark's path; its name begins with ".dptrain-seen-". Anything else is refused."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Look: _TypeAlias = Look  # noqa: Y015

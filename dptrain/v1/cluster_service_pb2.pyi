@@ -161,7 +161,7 @@ class ListNodesResponse(_message.Message):
     NODES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]:
-        """The server's own first, then those of agents by name."""
+        """Those of agents by name where jobs run there, else the server's own."""
 
     def __init__(
         self,

@@ -171,7 +171,7 @@ class Cluster:
             # All nodes share this machine's cores, which no MPI can know.
             "OMPI_MCA_mpi_yield_when_idle": "1",
         }
-        return self.place.start([*self._inside(0), *line], **own, **environ)
+        return self.place.start([*self.inside(0), *line], **own, **environ)
 
     def joined(self, command: Command) -> dict[int, Job]:
         """Each node's job as soon as all its workers train; {} where it ends before."""
@@ -222,6 +222,11 @@ class Cluster:
             limit = ["tbf", "rate", rate, "burst", "64kb", "latency", "50ms"]
             _run("tc", "-n", space, "qdisc", "add", "dev", device, "root", *limit)
 
+    def inside(self, node: int) -> list[str]:
+        """What a command is put behind to run on a node."""
+        named = f'hostname node-{node} && exec "$@"'
+        return ["ip", "netns", "exec", self.space(node), "unshare", "--uts", "sh", "-c", named, "sh"]
+
     def _add(self, node: int, switch: str) -> None:
         space, port = self.space(node), f"port{node}"
         (self.place.folder / f"node-{node}").mkdir()
@@ -231,10 +236,6 @@ class Cluster:
         _ip("-n", space, "addr", "add", f"{self.address(node)}/24", "dev", "eth0")
         _ip("-n", space, "link", "set", "eth0", "up")
         _ip("-n", space, "link", "set", "lo", "up")
-
-    def _inside(self, node: int) -> list[str]:
-        named = f'hostname node-{node} && exec "$@"'
-        return ["ip", "netns", "exec", self.space(node), "unshare", "--uts", "sh", "-c", named, "sh"]
 
     def _write_agent(self) -> None:
         """A program that does what ssh does: it runs a line on a node, in that node's environment and no other.

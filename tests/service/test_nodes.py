@@ -1,7 +1,9 @@
 """Agents as processes of their own, at a real server."""
 
+import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,8 +23,10 @@ from dptrain.errors import (
     UnreachableError,
     UsageError,
 )
+from dptrain.rsh import NODES, parsed
 from dptrain.service.client import Client
-from dptrain.service.nodes import REMEMBERED_SECONDS, SILENT_SECONDS, Nodes, NodeState
+from dptrain.service.nodes import REMEMBERED_SECONDS, SILENT_SECONDS, Here, Nodes, NodeState, mpi
+from dptrain.service.scheduler import place
 from dptrain.service.server import TOKENS, JobServer
 from dptrain.v1 import agent_service_pb2 as pb
 from dptrain.v1 import agent_service_pb2_grpc, cluster_service_pb2
@@ -43,6 +47,8 @@ def registration(**changes: Any) -> pb.Registration:
         "fingerprint": "x",
         "arithmetic": "native kernels",
         "address": "10.0.0.1",
+        "mpi": "MPI 1",
+        "python": "/python",
     }
     return pb.Registration(**{**known, **changes})
 
@@ -61,7 +67,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def nodes(clock: Clock) -> Nodes:
-    return Nodes("own", lambda: None, lambda *_, **__: None, clock)
+    return Nodes(Here("own", "MPI 1", "/python"), lambda: None, lambda *_, **__: None, clock)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +81,9 @@ def nodes(clock: Clock) -> Nodes:
         ({"version": "0.0.1"}, UsageError, "found dptrain 0.0.1; install the same version on both sides"),
         ({"slots": 0}, UsageError, "1 to 4096 slots, found 0"),
         ({"slots": 1_000_000}, UsageError, "1 to 4096 slots, found 1000000"),
+        ({"mpi": "MPI 2"}, LaunchError, "expected MPI 1, as the server, found MPI 2"),
+        ({"mpi": ""}, LaunchError, "found no MPI"),
+        ({"python": "/other"}, LaunchError, "Python at /python, as on the server"),
         ({"name": "b", "instance": "2", "fingerprint": "y"}, ArithmeticMismatch, "the arithmetic of node a"),
         ({"instance": "2"}, LaunchError, "found a at 10.0.0.1, which is there; give the agent another with --name"),
     ],
@@ -116,6 +125,11 @@ def test_a_node_is_lost_when_it_is_silent_and_forgotten_an_hour_later(nodes: Nod
     assert [view.health.load for view in nodes.views()] == [0.5]
     clock.now += 1
     assert nodes.views() == []
+
+
+@pytest.fixture
+def server(serve: Callable[..., JobServer]) -> JobServer:
+    return serve(agents=True)
 
 
 @pytest.fixture
@@ -209,16 +223,129 @@ def test_who_says_anything_else_first_is_refused(server: JobServer, tmp_path: Pa
                 list(stub.Serve(iter(first)))
 
 
+def test_a_server_of_its_own_machine_takes_none(nodes: Nodes) -> None:
+    alone = Nodes(Here("own", None, "/python"), lambda: None, lambda *_, **__: None)
+    with pytest.raises(LaunchError, match="start it with `dptrain serve --agents`"):
+        alone.join(registration())
+
+
+@pytest.mark.parametrize(
+    ("workers", "free", "placed"),
+    [
+        (2, {"a": 1, "b": 3, "c": 2}, {"c": 2}),
+        (4, {"a": 1, "b": 3, "c": 2}, {"b": 3, "c": 1}),
+        (6, {"a": 1, "b": 3, "c": 2}, {"b": 3, "c": 2, "a": 1}),
+        (2, {"a": -1, "b": 1}, {"b": 1}),
+        (1, {}, {}),
+    ],
+)
+def test_as_few_nodes_as_can_be(workers: int, free: dict[str, int], placed: dict[str, int]) -> None:
+    assert place(workers, free) == placed
+
+
+@pytest.mark.parametrize(
+    ("line", "asked"),
+    [
+        ('A=/x:$A;export A;/opt/bin/prted --prtemca ess "env"', ("prted", ["--prtemca", "ess", "env"])),
+        ('"/opt/bin/hydra_pmi_proxy" --proxy-id 0', ("hydra_pmi_proxy", ["--proxy-id", "0"])),
+        ("test -e '/a b/.dptrain-seen-1' || exit 42", "/a b/.dptrain-seen-1"),
+        ("sh -c id", None),
+        ("A=1;export A;id", None),
+        ("/opt/bin/prted 'open", None),
+        ("", None),
+    ],
+)
+def test_what_a_launcher_may_ask_for(line: str, asked: tuple[str, list[str]] | str | None) -> None:
+    if asked is None:
+        assert parsed(line) is None
+    elif isinstance(asked, str):
+        assert parsed(line) == {"look": asked}
+    else:
+        assert parsed(line) == {"program": asked[0], "arguments": asked[1]}
+
+
+def rsh(server: JobServer, *words: str, **given: Any) -> "subprocess.Popen[str]":
+    environ = {**os.environ, NODES: str(server.options.data)}
+    line = [str(Path(sys.executable).parent / "dptrain-rsh"), *words]
+    return subprocess.Popen(line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **given)
+
+
+def said(server: JobServer, *words: str) -> tuple[int, str, str]:
+    with rsh(server, *words) as made:
+        out, err = made.communicate(timeout=60)
+    return made.returncode, out, err
+
+
+def test_a_node_starts_daemons_and_nothing_else(
+    client: Client, start: Started, server: JobServer, tmp_path: Path
+) -> None:
+    agent = start("--name", "a")
+    become(client, "a", cluster_service_pb2.NODE_STATE_READY)
+    code, _, err = said(server, "a", "sh", "-c", "id")
+    assert (code, "expected one of prted, hydra_pmi_proxy, found `sh -c id`; it is not started" in err) == (255, True)
+    # The agent doesn't rely on that.
+    other = server.nodes.begin("a", lambda number: pb.ServeResponse(start=pb.Start(id=number, program="/bin/sh")))
+    event = other.events.get(timeout=30)
+    assert isinstance(event, pb.Exited)
+    assert (event.code, "found '/bin/sh'; it is not started" in event.refused) == (126, True)
+    other = server.nodes.begin("a", lambda number: pb.ServeResponse(look=pb.Look(id=number, path="/etc/shadow")))
+    event = other.events.get(timeout=30)
+    assert isinstance(event, pb.Exited)
+    assert "expected the path of a mark" in event.refused
+    mark = tmp_path / ".dptrain-seen-1"
+    assert said(server, "a", f"test -e {mark} || exit 42")[0] == 42
+    mark.touch()
+    assert said(server, "a", f"test -e {mark} || exit 42") == (0, "", "")
+    assert (
+        "node nobody: expected its agent to be connected, found none of that name" in said(server, "nobody", "prted")[2]
+    )
+    daemon = "prted" if mpi().startswith("Open") else "hydra_pmi_proxy"
+    code, out, err = said(server, "-x", "a", daemon, "--no-such-option")
+    assert code not in (0, 126, 255)
+    assert out or err
+    agent.kill()
+    assert agent.stderr is not None
+    logged = agent.stderr.read()
+    assert logged.count('"event": "refused"') == 2
+    assert daemon in logged
+
+
+@pytest.mark.skipif(not mpi().startswith("MPICH"), reason="MPICH's proxy waits for its launcher, quietly")
+@pytest.mark.parametrize("end", ["launcher", "agent", "stream"])
+def test_a_daemon_ends_with_its_launcher_its_agent_and_the_stream(
+    client: Client, start: Started, server: JobServer, end: str
+) -> None:
+    agent = start("--name", "a")
+    become(client, "a", cluster_service_pb2.NODE_STATE_READY)
+    with socket.create_server(("127.0.0.1", 0)) as launcher:
+        port = launcher.getsockname()[1]
+        words = ["--control-port", f"elsewhere:{port}", "--rmk", "user", "--launcher", "ssh", "--demux", "poll"]
+        words += ["--pgid", "0", "--retries", "10", "--usize", "-1", "--pmi-port", "0", "--proxy-id", "0"]
+        with rsh(server, "-x", "a", "hydra_pmi_proxy", *words) as command:
+            proxy, _ = launcher.accept()
+            with proxy:
+                proxy.settimeout(60)
+                if end == "launcher":
+                    command.kill()
+                elif end == "agent":
+                    agent.kill()
+                else:
+                    server.nodes._nodes["a"].told.put(None)
+                while proxy.recv(1 << 12):
+                    pass
+            command.wait(60)
+
+
 def test_streams_end_with_the_server(server: JobServer, tmp_path: Path) -> None:
     token = TokenFile(tmp_path / "data" / TOKENS).create("node", Role.worker)
     with connect(server.address, Calling(token)) as channel:
         stub = agent_service_pb2_grpc.AgentServiceStub(channel)
-        said: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        said.put(pb.ServeRequest(registration=registration()))
-        stream = stub.Serve(iter(said.get, None))
+        requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        requests.put(pb.ServeRequest(registration=registration(mpi=mpi(), python=sys.executable)))
+        stream = stub.Serve(iter(requests.get, None))
         with told(server.address):
             assert next(stream).welcome.health_seconds > 0
         server.nodes.close()
         with pytest.raises(UnreachableError, match="the server stops"), told(server.address):
             list(stream)
-        said.put(None)
+        requests.put(None)

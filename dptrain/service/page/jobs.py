@@ -47,8 +47,8 @@ class _Seen:
 class Jobs:
     """See Reading. A job whose state and journal are as before is not looked at again."""
 
-    def __init__(self, desk: Desk, slots: int) -> None:
-        self.desk, self.slots = desk, slots
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
 
@@ -56,8 +56,9 @@ class Jobs:
         """See Reading."""
         from importlib.metadata import version
 
-        busy = self.slots - self.desk.conductor.free
-        return {"version": version("dptrain"), "slots": self.slots, "busy": max(0, busy)}
+        slots = self.desk.conductor.slots
+        busy = slots - self.desk.conductor.free
+        return {"version": version("dptrain"), "slots": slots, "busy": max(0, busy)}
 
     def jobs(self, who: Who) -> Sequence[JobView]:
         """See Reading."""

@@ -88,7 +88,7 @@ def test_a_job_is_seen_and_steered(
     assert web.post(f"/api/jobs/{job}/cancel").json()["job"]["state"] == "CANCELLED"
     assert client.job(job).state == State.CANCELLED
     # A list of many long journals shows first what the store knows.
-    reading = Jobs(server.desk, 2)
+    reading = Jobs(server.desk)
     monkeypatch.setattr("dptrain.service.page.jobs.FIRST_READ", -1.0)
     assert [(view.state, view.losses) for view in reading.jobs(Local())] == [("CANCELLED", ())]
     monkeypatch.undo()

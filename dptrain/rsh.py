@@ -1,0 +1,107 @@
+"""``dptrain-rsh HOST COMMAND``: what a launcher starts instead of ssh where nodes are those of agents.
+
+It hands the command over to the server, whose folder DPTRAIN_NODES names, and ends with the command's code. The server
+hands it on to the node's agent. Three commands are known: Open MPI's daemon, MPICH's proxy, and the question whether a
+folder is seen. Imports are few: a launcher waits for it.
+"""
+
+import json
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Sequence
+
+NODES = "DPTRAIN_NODES"
+"""Of the environment: names the folder of the server whose nodes are meant."""
+
+PROGRAMS = ("prted", "hydra_pmi_proxy")
+"""What may be started on a node."""
+
+PATIENCE = 8.0
+"""Seconds for which the server may be away, which is started again."""
+
+_AGAIN = 0.1
+_LOOK = re.compile(r"test -e (?P<path>.+) \|\| exit 42")
+_EXPORT = re.compile(r"\w+=[^;]*;\s*export \w+;")
+
+
+def parsed(line: str) -> dict[str, object] | None:
+    """What the server is asked for by a shell's line; None where it is none of the known ones.
+
+    Variables that the line sets are left out: a node knows where its own libraries are.
+    """
+    look = _LOOK.fullmatch(line)
+    try:
+        if look is not None:
+            (path,) = shlex.split(look["path"])
+            return {"look": path}
+        words = shlex.split(_EXPORT.sub("", line))
+    except ValueError:
+        return None
+    if not words or os.path.basename(words[0]) not in PROGRAMS:
+        return None
+    return {"program": os.path.basename(words[0]), "arguments": words[1:]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it and return the code: the command's, or 255 where the node was not reached."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # Hydra asks ssh for no X11.
+    words = words[1:] if words[:1] == ["-x"] else words
+    if len(words) < 2:
+        return _fail("usage: dptrain-rsh HOST COMMAND")
+    host, line = words[0], " ".join(words[1:])
+    asked = parsed(line)
+    if asked is None:
+        return _fail(f"node {host}: expected one of {', '.join(PROGRAMS)}, found `{line[:80]}`; it is not started")
+    folder = os.environ.get(NODES)
+    if not folder:
+        return _fail(f"expected {NODES} to name a server's folder, found none; jobs of `dptrain serve` have it")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        if not _reach(server, folder):
+            return _fail(f"server of {folder}: expected an answer, found none within {PATIENCE:g} s; is it running?")
+        server.sendall(json.dumps({"node": host, **asked}).encode() + b"\n")
+        return _follow(server, host)
+
+
+def _reach(server: socket.socket, folder: str) -> bool:
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            held = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+            try:
+                server.connect(f"/proc/self/fd/{held}/nodes.sock")
+            finally:
+                os.close(held)
+        except OSError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(_AGAIN)
+        else:
+            return True
+
+
+def _follow(server: socket.socket, host: str) -> int:
+    """Print what comes, until the end."""
+    with server.makefile("rb") as frames:
+        while head := frames.read(5):
+            content = frames.read(int.from_bytes(head[1:], "big"))
+            if head[:1] == b"x":
+                said = json.loads(content)
+                if said["why"]:
+                    print(f"dptrain-rsh: {said['why']}", file=sys.stderr, flush=True)
+                return int(said["code"])
+            os.write(2 if head[:1] == b"e" else 1, content)
+    return _fail(f"node {host}: the server is gone")
+
+
+def _fail(why: str) -> int:
+    print(f"dptrain-rsh: {why}", file=sys.stderr, flush=True)
+    return 255
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""What runs on an agent's node: daemons of launchers, each in a session of its own, and nothing else."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+from dptrain import scratch
+from dptrain.processes import end_session
+from dptrain.rsh import PROGRAMS
+from dptrain.service import log, started
+from dptrain.v1 import agent_service_pb2 as pb
+from dptrain.wire.address import Address
+
+REFUSED = 126
+"""The code of what is not started, as a shell has it."""
+
+UNSEEN = 42
+"""The code of a look at a mark that is not seen."""
+
+GONE_SECONDS = 10.0
+"""In which processes that were killed must be gone."""
+
+_PIECE = 1 << 16
+_MARK = ".dptrain-seen-"
+_CONTROL = re.compile(r"(?P<host>.+):(?P<port>\d+)")
+
+
+class Daemons:
+    """What was started over one stream. ``say`` sends a message over it.
+
+    ``start`` is to be called from a thread that lives as long as the process: the kernel ends daemons with it.
+    ``address`` is this node's.
+    """
+
+    def __init__(
+        self, say: Callable[[pb.ServeRequest], None], server: Address, address: str, environ: Mapping[str, str]
+    ) -> None:
+        self._say, self._server, self._address = say, server, address
+        self._environ = environment(environ, address)
+        self._lock = threading.Lock()
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self, asked: pb.Start) -> None:
+        """Start a daemon, or say why not."""
+        path = Path(sys.executable).parent / asked.program
+        if asked.program not in PROGRAMS or not os.access(path, os.X_OK):
+            found = asked.program[:80] if asked.program not in PROGRAMS else f"no {path}"
+            why = f"expected one of {', '.join(PROGRAMS)} of this installation, found {found!r}; it is not started"
+            log.tell("refused", error=why)
+            self._say(pb.ServeRequest(exited=pb.Exited(id=asked.id, code=REFUSED, refused=why)))
+            return
+        arguments = list(asked.arguments)
+        if asked.program == "hydra_pmi_proxy" and not self._server.path:
+            arguments = _called_back(arguments, self._server.host)
+        left = ExitStack()
+        try:
+            folder, memory = left.enter_context(scratch.folders())
+            environ = {**self._environ, "TMPDIR": str(folder)}
+            if memory is not None:
+                environ["OMPI_MCA_btl_sm_backing_directory"] = str(memory)
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", started.__name__, str(os.getpid()), str(path), *arguments],
+                cwd=folder,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            left.close()
+            why = f"expected {asked.program} to start, found {error.strerror or error}"
+            self._say(pb.ServeRequest(exited=pb.Exited(id=asked.id, code=REFUSED, refused=why)))
+            return
+        log.tell("started", program=asked.program, id=asked.id, pid=process.pid)
+        with self._lock:
+            self._running[asked.id] = process
+        thread = threading.Thread(target=self._attend, args=(asked.id, process, left), name="daemon", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def look(self, asked: pb.Look) -> None:
+        """Say whether a mark is seen here."""
+        path = Path(asked.path)
+        if not path.name.startswith(_MARK):
+            why = f"expected the path of a mark, found {asked.path[:80]!r}"
+            log.tell("refused", error=why)
+            answer = pb.Exited(id=asked.id, code=REFUSED, refused=why)
+        else:
+            answer = pb.Exited(id=asked.id, code=0 if path.exists() else UNSEEN)
+        self._say(pb.ServeRequest(exited=answer))
+
+    def kill(self, number: int) -> None:
+        """End a daemon and all of its session."""
+        with self._lock:
+            process = self._running.get(number)
+        if process is not None:
+            # What it started in its session is ended by who attends it.
+            process.kill()
+
+    def close(self) -> None:
+        """End all, and return when all is gone."""
+        with self._lock:
+            running = list(self._running.values())
+        for process in running:
+            process.kill()
+        for thread in self._threads:
+            thread.join(2 * GONE_SECONDS)
+
+    def _attend(self, number: int, process: "subprocess.Popen[bytes]", left: ExitStack) -> None:
+        """Pass on what a daemon prints, and clean up after it."""
+        assert process.stdout is not None
+        assert process.stderr is not None
+        readers = [
+            threading.Thread(target=self._read, args=(number, stream, stderr), name="output", daemon=True)
+            for stream, stderr in ((process.stdout, False), (process.stderr, True))
+        ]
+        for reader in readers:
+            reader.start()
+        code = process.wait()
+        end_session(process.pid, GONE_SECONDS)
+        for reader in readers:
+            reader.join(GONE_SECONDS)
+        with contextlib.suppress(OSError):
+            left.close()
+        with self._lock:
+            del self._running[number]
+        log.tell("ended", id=number, code=code)
+        self._say(pb.ServeRequest(exited=pb.Exited(id=number, code=128 - code if code < 0 else code)))
+
+    def _read(self, number: int, stream: BinaryIO, stderr: bool) -> None:
+        with stream:
+            while data := os.read(stream.fileno(), _PIECE):
+                self._say(pb.ServeRequest(output=pb.Output(id=number, stderr=stderr, data=data)))
+
+
+def environment(environ: Mapping[str, str], address: str) -> dict[str, str]:
+    """What daemons are given: this agent's own environment without tokens and keys, and where its MPI is.
+
+    Of several networks Open MPI is to use the one by which the server is reached, unless the environment says another.
+    """
+    prefix = sys.prefix
+    found = {name: value for name, value in environ.items() if not name.startswith("DPTRAIN_")}
+    found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found.get('PATH', os.defpath)}"
+    libraries = [f"{prefix}/lib", found.get("LD_LIBRARY_PATH", "")]
+    found["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
+    network = network_of(address)
+    defaults = {"PRTE_PREFIX": prefix, "PMIX_PREFIX": prefix}
+    if network:
+        defaults |= {"PRTE_MCA_prte_if_include": network, "OMPI_MCA_btl_tcp_if_include": network}
+    return {**defaults, **found}
+
+
+def network_of(address: str) -> str:
+    """The network, as ADDRESS/BITS, of the interface that has an IPv4 address; "" where there is none."""
+    import fcntl
+    import ipaddress
+    import socket
+    import struct
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                own = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]
+                mask = fcntl.ioctl(probe.fileno(), _SIOCGIFNETMASK, request)[20:24]
+            except OSError:
+                continue
+            if socket.inet_ntoa(own) == address:
+                return str(ipaddress.ip_interface(f"{address}/{socket.inet_ntoa(mask)}").network)
+    return ""
+
+
+_SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
+"""Of netdevice(7)."""
+
+
+def _called_back(arguments: list[str], host: str) -> list[str]:
+    """A proxy's arguments with the launcher's address as this node knows it: the launcher runs beside the server."""
+    changed = list(arguments)
+    for i, word in enumerate(changed[:-1]):
+        port = _CONTROL.fullmatch(changed[i + 1])
+        if word == "--control-port" and port is not None:
+            changed[i + 1] = f"{host}:{port['port']}"
+    return changed

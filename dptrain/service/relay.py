@@ -1,0 +1,151 @@
+"""From a launcher to a node: ``dptrain-rsh`` hands over what is to run there, and gets what comes of it.
+
+A Unix socket in the server's folder, for the server's own user alone. A request is a line of JSON, ``{"node": name,
+"program": name, "arguments": [...]}`` or ``{"node": name, "look": path}``; the answer is frames of a letter, a length
+of four bytes and content: ``o`` and ``e`` for output, ``x`` for the end, JSON with ``code`` and ``why``.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dptrain.errors import DptrainError, UnreachableError
+from dptrain.service.nodes import Nodes, Start
+from dptrain.v1 import agent_service_pb2 as pb
+from dptrain.wire.backoff import MOST_SECONDS
+
+SOCKET = "nodes.sock"
+"""Of the server's folder."""
+
+UNREACHED = 255
+"""The code of ``dptrain-rsh`` where the node was not reached, as ssh has it."""
+
+HEAD = struct.Struct("!cI")
+_AGAIN = 0.1
+_MOST_REQUEST = 1 << 20
+
+
+@contextlib.contextmanager
+def place(folder: Path) -> Iterator[str]:
+    """A path of the socket in a folder that is short enough for the kernel, however long the folder's own is."""
+    held = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{held}/{SOCKET}"
+    finally:
+        os.close(held)
+
+
+class Relay:
+    """Listens in a folder that no other server has, from construction until ``close``."""
+
+    def __init__(self, folder: Path, nodes: Nodes) -> None:
+        self._nodes = nodes
+        self._settled = time.monotonic() + MOST_SECONDS + 1.0
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        (folder / SOCKET).unlink(missing_ok=True)
+        before = os.umask(0o177)
+        try:
+            with place(folder) as path:
+                self._socket.bind(path)
+        finally:
+            os.umask(before)
+        self._socket.listen(128)
+        self._thread = threading.Thread(target=self._accept, name="relay", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take nothing more. What runs goes on for as long as its node is connected."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                caller, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(caller,), name="relay", daemon=True).start()
+
+    def _serve(self, caller: socket.socket) -> None:
+        """One request, from its line to its end."""
+        with caller, contextlib.suppress(OSError):
+            try:
+                name, ask = _request(caller)
+                start = self._begin(name, ask)
+            except DptrainError as error:
+                _send(caller, b"x", _ending(UNREACHED, str(error)))
+                return
+            except (ValueError, KeyError, TypeError):
+                _send(caller, b"x", _ending(UNREACHED, "the server was asked for something else"))
+                return
+            threading.Thread(target=self._watch, args=(caller, name, start), name="relay", daemon=True).start()
+            try:
+                _pass(caller, name, start)
+            finally:
+                self._nodes.end(name, start)
+                # Whoever watches it sees the end.
+                with contextlib.suppress(OSError):
+                    caller.shutdown(socket.SHUT_RDWR)
+
+    def _begin(self, name: str, ask: Callable[[int], pb.ServeResponse]) -> Start:
+        """Ask a node, which is waited for where this server is so young that it may not have come back."""
+        while True:
+            try:
+                return self._nodes.begin(name, ask)
+            except UnreachableError:
+                if time.monotonic() > self._settled:
+                    raise
+            time.sleep(_AGAIN)
+
+    def _watch(self, caller: socket.socket, name: str, start: Start) -> None:
+        """End what runs when whoever asked for it is gone."""
+        with contextlib.suppress(OSError):
+            while caller.recv(1 << 12):
+                pass
+        self._nodes.end(name, start)
+
+
+def _request(caller: socket.socket) -> tuple[str, Callable[[int], pb.ServeResponse]]:
+    """The node's name, and what makes the message to it of a number. Raises ValueError, KeyError, TypeError."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = caller.recv(1 << 16)
+        if not part or len(line) > _MOST_REQUEST:
+            raise ValueError("no line")
+        line += part
+    said: dict[str, Any] = json.loads(line)
+    if "look" in said:
+        path = str(said["look"])
+        return str(said["node"]), lambda number: pb.ServeResponse(look=pb.Look(id=number, path=path))
+    program, arguments = str(said["program"]), [str(word) for word in said["arguments"]]
+    return (
+        str(said["node"]),
+        lambda number: pb.ServeResponse(start=pb.Start(id=number, program=program, arguments=arguments)),
+    )
+
+
+def _pass(caller: socket.socket, name: str, start: Start) -> None:
+    """Hand on what comes of a start, until it has ended."""
+    while True:
+        event = start.events.get()
+        if isinstance(event, pb.Exited):
+            _send(caller, b"x", _ending(event.code, event.refused and f"node {name}: {event.refused}"))
+            return
+        _send(caller, b"e" if event.stderr else b"o", event.data)
+
+
+def _send(caller: socket.socket, kind: bytes, content: bytes) -> None:
+    caller.sendall(HEAD.pack(kind, len(content)) + content)
+
+
+def _ending(code: int, why: str) -> bytes:
+    return json.dumps({"code": code, "why": why}).encode()
