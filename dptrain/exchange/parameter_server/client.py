@@ -28,6 +28,9 @@ from dptrain.v1 import parameter_server_pb2 as pb
 
 Name = Callable[[BaseException, int, int, str], DptrainError]
 
+_LAST_WORD = 2.0
+"""Seconds in which a server that hands out no more weights says why."""
+
 _SIGNS = 4
 """How often within a lease's seconds a worker may give a sign."""
 
@@ -205,7 +208,9 @@ class Client:
                         since = self._partials(task.compute, since)
                     elif kind == "evaluate":
                         self._blocks(task.evaluate)
-                except (Broken, grpc.RpcError):
+                except Broken:
+                    return self._last_word(tasks)
+                except grpc.RpcError:
                     raise
                 except BaseException as error:
                     self._fail(error, task)
@@ -213,6 +218,19 @@ class Client:
                     raise
         except grpc.RpcError as error:
             raise Broken from error
+        raise Broken
+
+    def _last_word(self, tasks: Any) -> int:
+        """The code that the server ends this worker with, where weights end because the run does. Raises Broken."""
+        timer = threading.Timer(_LAST_WORD, tasks.cancel)
+        timer.start()
+        try:
+            for task in tasks:
+                if task.WhichOneof("task") == "end":
+                    return int(task.end.code)
+        finally:
+            timer.cancel()
+            timer.join()
         raise Broken
 
     def _partials(self, task: pb.Compute, since: float) -> float:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dptrain.errors import DeadlineError, PeerFailed, PoisonError, WorkerLost, exit_code
+from dptrain.errors import DeadlineError, DisagreementError, PeerFailed, PoisonError, WorkerLost, exit_code
 from dptrain.exchange.parameter_server import leases
 from dptrain.exchange.parameter_server.codec import Written
 from dptrain.exchange.parameter_server.hub import Member
 from dptrain.exchange.parameter_server.intake import Box, Intake
-from dptrain.exchange.parameter_server.leases import Grant, Range
+from dptrain.exchange.parameter_server.leases import Grant, Lease, Range
 from dptrain.exchange.parameter_server.outlet import Outlet
 from dptrain.exchange.parameter_server.pair import Chief
 from dptrain.exchange.protocol import Exchange
@@ -35,6 +35,9 @@ _TALLIES = 3
 
 _LOOK = 0.5
 """Seconds between looks at the clock while nothing comes."""
+
+LATE = 256
+"""Leases that another's answer overtook, of which what still comes is compared; older ones are forgotten."""
 
 _PREPARED = 32
 """Sums over different leases that are kept prepared."""
@@ -67,14 +70,15 @@ class ParameterServer(Exchange):
         self.store = Store(update.layout, len(update.optimizer.slots), dtype)
         written = Written(encoding_of(update.gradients.name), update.layout.parameters)
         self.intake = Intake(0, 0, size, dtype, written)
-        self.doubts: list[str] = []
-        """Answers of two workers to the same question that were not the same."""
+        self._late: dict[int, tuple[Lease, int, int]] = {}
+        """Leases that another's answer overtook: the other's, its step, and the member that is late."""
         self._goal = Node(0, membership.shards)
         self._prepared: dict[tuple[tuple[int, int, int], ...], tuple[Segment, Array]] = {}
         self._published: tuple[int, int] | None = None
         self._question: tuple[Array | None, str] = (None, "")
         self._suspects: dict[int, list[int]] = {}
         self._suspected_at = -1
+        self._boxes: dict[int, tuple[tuple[int, int], Box]] = {}
         self._segment: Segment | None = None
         self._total: Array = self.outbox[0]
         self._sum: Array | None = None
@@ -250,7 +254,7 @@ class ParameterServer(Exchange):
     def _computed(self, state: State) -> npt.NDArray[np.float64]:
         """The tallies of the whole step; all partials are here, and their sum is prepared."""
         hub, shards = self.hub, self.membership.shards
-        boxes: dict[int, tuple[tuple[int, int], Box]] = {}
+        boxes = self._boxes = {}
         counts: dict[int, int] = {}
 
         def ask(grant: Grant) -> None:
@@ -328,6 +332,7 @@ class ParameterServer(Exchange):
                 if hub.failure is not None:
                     raise hub.failure
                 self._read(ranges, fits)
+                self._disagree(self.intake.differing())
                 if all(some.answer is not None for some in ranges):
                     break
                 now = time.monotonic()
@@ -351,10 +356,12 @@ class ParameterServer(Exchange):
                             ask(grant)
                 wait = leases.until_overdue(living, heard, now, self.lease_seconds)
                 hub.changed.wait(min(_LOOK, max(0.0, wait)))
+            self._disagree(self._compared(ranges, step))
             numbers = [lease.number for some in ranges for lease in some.leases]
             self.intake.shut(numbers)
             for number in numbers:
-                hub.open.pop(number, None)
+                if number not in self._late:
+                    hub.open.pop(number, None)
         return sorted(ranges, key=lambda some: some.lo)
 
     def _read(self, ranges: Sequence[Range], fits: Callable[[Range, npt.NDArray[np.float64]], bool]) -> None:
@@ -372,6 +379,39 @@ class ParameterServer(Exchange):
                 some.answer = lease
                 self._rows[lease.number] = open_.rows
                 break
+
+    def _compared(self, ranges: Sequence[Range], step: int) -> list[int]:
+        """The leases of which something else came than of who was first; what is yet to come is compared later."""
+        differing = []
+        for some in ranges:
+            first = some.answer
+            for lease in some.leases if first is not None and first.number in self._boxes else ():
+                assert first is not None
+                if lease is first or lease.number not in self.hub.open:
+                    continue
+                while len(self._late) >= LATE:
+                    old = next(iter(self._late))
+                    del self._late[old]
+                    self.hub.open.pop(old, None)
+                    self.intake.compare_no_more(old)
+                self._late[lease.number] = first, step, lease.member
+                rows = self.hub.open[lease.number].rows
+                other = rows is not None and rows.tobytes() != self._rows[first.number].tobytes()
+                if self.intake.differ(lease.number, self._boxes[first.number][1]) or other:
+                    differing.append(lease.number)
+        return differing
+
+    def _disagree(self, differing: Sequence[int]) -> None:
+        """Raises DisagreementError for leases whose answer is not that of the worker that was first."""
+        for number in differing:
+            first, step, member = self._late[number]
+            raise DisagreementError(
+                f"workers {first.member} and {member} at step {step}, shard {first.lo}",
+                expected="the same gradient, to the last bit",
+                found="two; nobody can tell which is wrong",
+                cure="run `dptrain doctor` on their machines, and go on with --resume from a checkpoint of that step "
+                "or an earlier one, without the machine that is to blame",
+            )
 
     def _members(self) -> list[int]:
         """Who takes part, as soon as there is somebody; called with the lock held."""

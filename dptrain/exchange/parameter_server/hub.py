@@ -46,10 +46,10 @@ class Member:
 
 
 class Answered:
-    """What came of one lease: its tallies or sums, and whether its vectors are all here."""
+    """What came of one lease of a step: its tallies or sums, and whether its vectors are all here."""
 
-    def __init__(self, lease: Lease, vectors: bool) -> None:
-        self.lease = lease
+    def __init__(self, lease: Lease, step: int, vectors: bool) -> None:
+        self.lease, self.step = lease, step
         self.whole = not vectors
         self.rows: npt.NDArray[np.float64] | None = None
 
@@ -90,7 +90,7 @@ class Hub:
         """A new lease, open from now on; to be called with ``changed`` held."""
         self._lease += 1
         lease = Lease(self._lease, member, lo, hi)
-        self.open[lease.number] = Answered(lease, vectors)
+        self.open[lease.number] = Answered(lease, self.step, vectors)
         self.members[member].heard = time.monotonic()
         return lease
 
@@ -201,8 +201,8 @@ class Hub:
             open_ = self.open.get(place.lease)
             if member is None or open_ is None or open_.lease.member != member.number:
                 return pb.OUTCOME_STALE, f"lease {place.lease} does not count any more"
-            if place.step != self.step:
-                return pb.OUTCOME_STALE, f"step {place.step} is over"
+            if place.step != open_.step:
+                return pb.OUTCOME_STALE, f"lease {place.lease} is not of step {place.step}"
         outcome, reason = self.intake.take(piece)
         if outcome == pb.OUTCOME_COMPLETE:
             with self.changed:

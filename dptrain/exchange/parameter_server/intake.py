@@ -43,6 +43,8 @@ class Intake:
         self._lock = threading.Lock()
         self._open: dict[int, Box] = {}
         self._memory: dict[tuple[int, int], Array] = {}
+        self._late: dict[int, Box] = {}
+        self._differ: list[int] = []
 
     def expect(self, lease: int, member: int, number: int, nodes: Sequence[Node]) -> Box:
         """Take chunks of a lease from now on, the member's ``number``-th of the step."""
@@ -62,6 +64,27 @@ class Intake:
                 if box is not None:
                     box.shut = True
 
+    def differ(self, lease: int, first: Box) -> bool:
+        """Whether a lease's chunks are others than those of ``first``, which answered the same question.
+
+        What comes of it later is compared too: see ``differing``.
+        """
+        with self._lock:
+            box = self._open[lease]
+            self._late[lease] = Box(first.nodes, first.vectors, 0, dict(first.sums), shut=True)
+            return any(first.sums.get(spot) != found for spot, found in box.sums.items())
+
+    def differing(self) -> list[int]:
+        """The leases of which something else came, since the last call, than of who was first."""
+        with self._lock:
+            found, self._differ = self._differ, []
+            return found
+
+    def compare_no_more(self, lease: int) -> None:
+        """Of that lease nothing is of interest any more."""
+        with self._lock:
+            self._late.pop(lease, None)
+
     def forget(self, member: int) -> None:
         """A member is gone, and so is its memory, once nobody adds up what came of it."""
         for key in [key for key in self._memory if key[0] == member]:
@@ -71,7 +94,7 @@ class Intake:
         """What became of a chunk, whose membership was looked at before, and why; OUTCOME_UNSPECIFIED: taken."""
         place = piece.place
         with self._lock:
-            box = self._open.get(place.lease)
+            box = self._open.get(place.lease) or self._late.get(place.lease)
         if box is None:
             return pb.OUTCOME_STALE, f"lease {place.lease} does not count any more"
         wrong = self._wrong(piece, box)
@@ -80,6 +103,8 @@ class Intake:
         spot = (box.nodes.index(Node(place.lo, place.hi)), place.offset)
         with self._lock:
             if box.shut:
+                if self._late.get(place.lease, box).sums.get(spot, place.checksum) != place.checksum:
+                    self._differ.append(place.lease)
                 return pb.OUTCOME_STALE, f"lease {place.lease} does not count any more"
             if spot in box.sums:
                 same = box.sums[spot] == place.checksum
