@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import shutil
 import statistics
 import subprocess
@@ -27,7 +28,9 @@ from dptrain.rundir import JOURNAL
 from dptrain.service import keeper, known
 from dptrain.service.client import Client
 from dptrain.service.model import Job, Spec, State
-from dptrain.service.server import STORE
+from dptrain.service.runner import Alive, Runner
+from dptrain.service.runner import Limits as RunLimits
+from dptrain.service.server import JOBS, STORE
 from dptrain.service.store import Store
 from dptrain.v1 import log_service_pb2
 from dptrain.wire.address import parse
@@ -139,13 +142,20 @@ def _served(cores: set[int] | None = None, store: Path | None = None) -> Iterato
             served.up()
             yield served
         finally:
-            with contextlib.suppress(DptrainError), served.client() as client:
-                for job in client.jobs("active=true", page_size=1000):
-                    client.cancel(job.id, grace=timedelta())
-                for job in client.jobs("active=true"):
-                    client.wait(job.id)
             served.process.terminate()
             served.process.wait()
+            _end(folder / "data" / JOBS)
+
+
+def _end(jobs: Path) -> None:
+    """End what runs below a folder of jobs, whose server has ended."""
+    runner = Runner(jobs, RunLimits(), os.environ)
+    for folder in jobs.iterdir():
+        sight = runner.look(folder.name, keeper.launches(folder))
+        if isinstance(sight, Alive) and sight.handle >= 0:
+            runner.ask(sight.pid, kill=True)
+            select.select([sight.handle], [], [], spawn.TIMEOUT)
+            os.close(sight.handle)
 
 
 def _submits(store: Path, number: int) -> Found:
