@@ -70,6 +70,8 @@ def attack(live: Live, seed: int, calls: int) -> Tally:
             sent = [mutated(rng, rng.choice(method.examples), method.examples) for _ in range(count)]
             fit = [parses(method, data) for data in sent]
             code, said = answer(channel, method, sent)
+            if code in GONE and _ends(live):
+                break
             tally.messages += count
             tally.parsed += sum(fit)
             tally.answers[method.path.rpartition("/")[2], code.name] += 1
@@ -79,7 +81,18 @@ def attack(live: Live, seed: int, calls: int) -> Tally:
                 time.sleep(PAUSE_SECONDS)
             if code in GONE or code in BUGS:
                 tally.bad.append(f"seed {seed} call {number}: {method.path} {code.name} {said}: {sent[0][:200]!r}")
+                break
     return tally
+
+
+def _ends(live: Live) -> bool:
+    """Whether a server that takes no more calls does so because its work is done."""
+    until = time.monotonic() + CALL_SECONDS
+    while not live.over():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def answer(channel: grpc.Channel, method: Method, sent: list[bytes]) -> tuple[grpc.StatusCode, str]:
