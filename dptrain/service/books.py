@@ -8,12 +8,14 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from dptrain.errors import UsageError
+
+T = TypeVar("T")
 
 _READ = 1 << 18
 _MOST_KEPT = 512
@@ -209,7 +211,7 @@ class Watched:
 
     EVERY = 0.1
     """Seconds between looks, unless so many wait that there are fewer."""
-    WAKES = 200
+    WAKES = 100
     """A second, of all that wait: what follows jobs must not slow them."""
 
     def __init__(self, ring: Callable[[str], None]) -> None:
@@ -260,6 +262,35 @@ class Watched:
                         entry[0] = size
                 if grown:
                     self._ring(key)
+
+
+class Shared(Generic[T]):
+    """What many follow is read and made into messages once, for all who stand at the same place of a file."""
+
+    MOST = 16
+    """Pieces that are kept for the next who asks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
+
+    def read(
+        self, path: Path, offset: int, make: Callable[[Path, int], tuple[T, int]], key: Hashable = None
+    ) -> tuple[T, int]:
+        """What ``make`` makes of a file from a place on, and where the next piece begins; ``key`` tells makers apart.
+
+        It may be shorter than what there is by now, where others have read before the file grew.
+        """
+        with self._lock:
+            found = self._kept.get((path, offset, key))
+            if found is None:
+                found = make(path, offset)
+                # A line that is not whole yet will be.
+                if found[1] > offset:
+                    self._kept[path, offset, key] = found
+                    if len(self._kept) > self.MOST:
+                        self._kept.popitem(last=False)
+        return found
 
 
 def size(path: "Path | str") -> int:

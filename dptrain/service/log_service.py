@@ -1,8 +1,7 @@
 """LogService: what a job printed."""
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import grpc
 
 from dptrain.errors import UsageError
 from dptrain.service import books, convert
-from dptrain.service.books import cursor_of
+from dptrain.service.books import Shared, cursor_of
 from dptrain.service.desk import Desk
 from dptrain.service.model import ENDED, Job, State
 from dptrain.v1 import job_pb2, log_service_pb2, log_service_pb2_grpc
@@ -19,16 +18,13 @@ _STREAMS = {"out": log_service_pb2.LOG_STREAM_STDOUT, "err": log_service_pb2.LOG
 _MOST_LINES = 500
 """In one message."""
 
-_MOST_SHARED = 16
-"""Pieces of logs that are kept for the next who asks."""
-
 
 class LogService(log_service_pb2_grpc.LogServiceServicer):
     """See log_service.proto."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
-        self._shared = _Shared()
+        self._shared: Shared[Sequence[log_service_pb2.TailLogsResponse]] = Shared()
 
     def TailLogs(
         self, request: log_service_pb2.TailLogsRequest, context: grpc.ServicerContext
@@ -41,7 +37,7 @@ class LogService(log_service_pb2_grpc.LogServiceServicer):
         offset = cursor_of(request.cursor)
         if request.tail:
             offset = max(offset, books.tail_of(path, request.tail, accept))
-        read = _read if request.HasField("rank") or request.HasField("since") else self._shared.read
+        some, read = request.HasField("rank") or request.HasField("since"), partial(_read, accept=accept)
         with self.desk.watched.file(path) as key:
             # A turn has first how the job stands, then its lines: what it printed before it ended is there by then.
             for now in self.desk.turns(job, context, key):
@@ -49,7 +45,7 @@ class LogService(log_service_pb2_grpc.LogServiceServicer):
                 end, before = books.size(path), -1
                 while before < offset < end:
                     before = offset
-                    messages, offset = read(path, offset, accept)
+                    messages, offset = read(path, offset) if some else self._shared.read(path, offset, read)
                     yield from messages
                 if not request.follow or now.state in ENDED or now.state is State.PAUSED:
                     yield log_service_pb2.TailLogsResponse(end=self._end(now))
@@ -76,27 +72,6 @@ def _read(path: Path, offset: int, accept: _Accept) -> tuple[Sequence[log_servic
     told = [_told(at, line) for at, line in lines if accept(line)]
     parts = range(0, len(told), _MOST_LINES)
     return [log_service_pb2.TailLogsResponse(lines=told[i : i + _MOST_LINES]) for i in parts], after
-
-
-class _Shared:
-    """What many follow is read and made into messages once, for all who stand at the same place of a file."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[Hashable, tuple[Sequence[log_service_pb2.TailLogsResponse], int]] = OrderedDict()
-
-    def read(self, path: Path, offset: int, accept: _Accept) -> tuple[Sequence[log_service_pb2.TailLogsResponse], int]:
-        """As ``_read``, of all lines; perhaps fewer of them, where others have read before the file grew."""
-        with self._lock:
-            found = self._kept.get((path, offset))
-            if found is None:
-                found = _read(path, offset, accept)
-                # A line that is not whole yet will be.
-                if found[1] > offset:
-                    self._kept[path, offset] = found
-                    if len(self._kept) > _MOST_SHARED:
-                        self._kept.popitem(last=False)
-        return found
 
 
 def _accept(request: log_service_pb2.TailLogsRequest) -> _Accept:

@@ -2,7 +2,9 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,7 +12,7 @@ import grpc
 from dptrain.errors import UsageError
 from dptrain.journal import attempt_of
 from dptrain.service import books
-from dptrain.service.books import Point, cursor_of
+from dptrain.service.books import Point, Shared, cursor_of
 from dptrain.service.desk import Desk
 from dptrain.service.model import ENDED
 from dptrain.v1 import metric_service_pb2, metric_service_pb2_grpc
@@ -23,6 +25,7 @@ class MetricService(metric_service_pb2_grpc.MetricServiceServicer):
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
+        self._shared: Shared[Sequence[metric_service_pb2.StreamMetricsResponse]] = Shared()
 
     def QueryMetrics(
         self, request: metric_service_pb2.QueryMetricsRequest, context: grpc.ServicerContext
@@ -58,24 +61,36 @@ class MetricService(metric_service_pb2_grpc.MetricServiceServicer):
     ) -> Iterator[metric_service_pb2.StreamMetricsResponse]:
         """Points as they come."""
         job = self.desk.find(request.job_id, context)
-        path, chosen = self.desk.journal(job.id), books.wanted(_names(request.names))
+        names = tuple(_names(request.names))
+        path, read = self.desk.journal(job.id), partial(_read, chosen=books.wanted(names))
         offset = cursor_of(request.cursor)
         with self.desk.watched.file(path) as key:
             for now in self.desk.turns(job, context, key):
-                while True:
-                    lines, after = books.read(path, offset)
-                    if after == offset:
-                        break
-                    offset = after
-                    curves = _curves([line for _, line in lines if "event" not in line], chosen)
-                    yield metric_service_pb2.StreamMetricsResponse(
-                        cursor=str(offset),
-                        series=[_series(name, points) for name, points in sorted(curves.items())],
-                        events=[_event(line) for _, line in lines if "event" in line],
-                    )
+                # As for logs: what comes meanwhile waits for the next turn.
+                end, before = books.size(path), -1
+                while before < offset < end:
+                    before = offset
+                    messages, offset = self._shared.read(path, offset, read, names)
+                    yield from messages
                 if now.state in ENDED:
                     yield metric_service_pb2.StreamMetricsResponse(cursor=str(offset), last=True)
                     return
+
+
+def _read(
+    path: Path, offset: int, chosen: Callable[[str], bool]
+) -> tuple[Sequence[metric_service_pb2.StreamMetricsResponse], int]:
+    """The chosen curves of some lines after an offset as a message, and where the next begin."""
+    lines, after = books.read(path, offset)
+    if after == offset:
+        return (), offset
+    curves = _curves([line for _, line in lines if "event" not in line], chosen)
+    message = metric_service_pb2.StreamMetricsResponse(
+        cursor=str(after),
+        series=[_series(name, points) for name, points in sorted(curves.items())],
+        events=[_event(line) for _, line in lines if "event" in line],
+    )
+    return (message,), after
 
 
 def _names(names: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """The job service, with a job that has ended and one that runs."""
 
+import hashlib
 import json
 import signal
 import tempfile
@@ -48,7 +49,7 @@ def _examples_of(job: str) -> dict[str, list[Message]]:
     update = job_service_pb2.UpdateJobRequest(
         job_id=job, spec=spec, update_mask=FieldMask(paths=["priority", "labels", "name"])
     )
-    header = artifact_service_pb2.UploadHeader(name="a.csv", size=3, sha256="0" * 64, overwrite=True)
+    header = artifact_service_pb2.UploadHeader(name="a.csv", size=3, sha256=hashlib.sha256(b"abc").hexdigest())
     return {
         f"{jobs}/CreateJob": [job_service_pb2.CreateJobRequest(spec=spec, request_id="r", validate_only=True)],
         f"{jobs}/GetJob": [job_service_pb2.JobServiceGetJobRequest(job_id=job)],

@@ -3,7 +3,7 @@
 import os
 import select
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +28,7 @@ from dptrain.service import keeper
 from dptrain.service.client import Client
 from dptrain.service.model import State
 from dptrain.service.server import ROLES, TOKEN, TOKENS, JobServer
-from dptrain.v1 import job_pb2, job_service_pb2, job_service_pb2_grpc, log_service_pb2
+from dptrain.v1 import job_pb2, job_service_pb2, job_service_pb2_grpc, log_service_pb2, metric_service_pb2
 from dptrain.wire.channel import connect
 from dptrain.wire.security import Calling
 from dptrain.wire.tokens import Role, TokenFile
@@ -52,11 +52,17 @@ def until(client: Client, job: str, *states: State, steps: int = 0) -> job_pb2.J
     raise AssertionError(f"{client.job(job)}")
 
 
+def curve(stream: Iterable[metric_service_pb2.StreamMetricsResponse]) -> list[tuple[int, float]]:
+    """The points of one curve."""
+    return [(point.step, point.value) for message in stream for series in message.series for point in series.points]
+
+
 def test_a_job_is_done_and_its_bits_are_those_of_a_run_by_hand(client: Client, tmp_path: Path) -> None:
     job = client.submit(write(tmp_path), workers=2, labels={"team": "x"})
     assert (job.state, job.launches) == (State.QUEUED, 0)
     with ThreadPoolExecutor(9) as pool:
         followed = list(pool.map(lambda _: list(client.logs(job.id, follow=True)), range(9)))
+        streamed = list(pool.map(lambda _: curve(client.stream_metrics(job.id, ["loss"])), range(9)))
     done = client.wait(job.id)
     assert (done.state, done.exit_code, done.launches) == (State.SUCCEEDED, 0, 1)
     assert done.result.weights_sha256 == solo_hash(tmp_path)
@@ -80,6 +86,8 @@ def test_a_job_is_done_and_its_bits_are_those_of_a_run_by_hand(client: Client, t
     assert {"loss", "lr", "samples_per_second"} <= curves.keys()
     assert [series.name for series in client.metrics(job.id, ["compute.*"]).series] == ["compute.0", "compute.1"]
     assert list(client.stream_metrics(job.id, ["loss"]))[-1].last
+    assert streamed == [curve(client.stream_metrics(job.id, ["loss"]))] * 9
+    assert streamed[0][-1] == (30, curves["loss"][-1].value)
     home = client.download_run(job.id, tmp_path / "home")
     assert {"job.toml", "result.json", "weights.safetensors"} <= {path.name for path in home.iterdir()}
     import dptrain
