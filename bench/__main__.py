@@ -4,6 +4,7 @@ steps     whole training steps beside peers and the machine's limits
 shards    what the number of shards costs in one worker
 bits      what promised bits cost at two workers
 exchange  the exchange alone, beside the installed MPI's reductions
+ps        a parameter server beside PyTorch DDP, its wire beside a bare gRPC stream
 memory    memory of a machine as workers grow
 startup   from mpirun to the first step
 recovery  from the death of a worker to the next step, beside torchrun
@@ -20,7 +21,18 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from bench.comparisons import exchange, memory, page, recovery, service, sharding, startup, steps, survival
+from bench.comparisons import (
+    exchange,
+    memory,
+    page,
+    parameter_server,
+    recovery,
+    service,
+    sharding,
+    startup,
+    steps,
+    survival,
+)
 from bench.options import RESULTS, Options
 from bench.workload import CASES
 
@@ -29,6 +41,7 @@ WHAT = {
     "shards": sharding.shards,
     "bits": sharding.bits,
     "exchange": exchange.main,
+    "ps": parameter_server.main,
     "memory": memory.main,
     "startup": startup.main,
     "recovery": recovery.main,

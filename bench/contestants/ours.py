@@ -26,13 +26,15 @@ class Lines(Unwatched):
         self.lines.append(line)
 
 
-def job(work: Workload, shards: int, exchange: str, compiled: str = "never", products: str = "numpy") -> Job:
-    """The workload as a job of ``shards`` shards."""
+def content(
+    work: Workload, shards: int, exchange: str, compiled: str = "never", products: str = "numpy"
+) -> dict[str, Any]:
+    """The workload as a job of ``shards`` shards, as its file has it."""
     layers = [
         {**layer, "init": "uniform"} if layer["type"] in ("linear", "conv2d") else dict(layer)
         for layer in work.network.layers
     ]
-    content = {
+    return {
         "seed": work.seed,
         "data": {"source": work.data, "features": ["x"], "label": "y", "validation": 0.0, "test": 0.0},
         "model": {"layers": layers},
@@ -42,7 +44,11 @@ def job(work: Workload, shards: int, exchange: str, compiled: str = "never", pro
         "arithmetic": {"compiled": compiled, "products": products},
         "output": {"checkpoint_seconds": 0.0},
     }
-    return complete(check(content, work.model))
+
+
+def job(work: Workload, shards: int, exchange: str, compiled: str = "never", products: str = "numpy") -> Job:
+    """The same, checked."""
+    return complete(check(content(work, shards, exchange, compiled, products), work.model))
 
 
 def run(it: Job, observer: Observer) -> None:

@@ -8,15 +8,34 @@ from dptrain.exchange.parameter_server.codec import cuts, encode
 from dptrain.layout import Array
 from dptrain.v1 import parameter_server_pb2 as pb
 
-Messages = list[bytes]
-"""A vector's chunks, ready to be sent."""
+
+class Messages:
+    """A vector's chunks, ready to be sent, as they are made by one thread: ``count`` of them in all."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._made: list[bytes] = []
+        self._grown = threading.Condition()
+
+    def add(self, chunk: bytes) -> None:
+        """The next one."""
+        with self._grown:
+            self._made.append(chunk)
+            self._grown.notify_all()
+
+    def __iter__(self) -> Iterator[bytes]:
+        for i in range(self.count):
+            if i >= len(self._made):
+                with self._grown:
+                    self._grown.wait_for(lambda i=i: i < len(self._made))  # type: ignore[misc]
+            yield self._made[i]
 
 
 class Outlet:
     """Hands out elements lo to hi of a vector. A listener that is slow gets the newest, not all.
 
-    Chunks are made once, when a vector is handed out: they are the same for all listeners, and nobody holds the
-    vector itself afterwards.
+    Chunks are made once, when a vector is handed out, the first of them on its way while the next is made: they are the
+    same for all listeners, and nobody holds the vector itself afterwards.
     """
 
     def __init__(self, job: int, segment: int, lo: int, hi: int) -> None:
@@ -29,22 +48,28 @@ class Outlet:
     def publish(self, vector: Array, step: int, *, best: bool = False) -> None:
         """Hand out a vector, that of a step or the one that is kept as the best."""
         part = vector[self._lo : self._hi]
-        messages = []
-        for start, stop in cuts(len(part), part.dtype.itemsize):
-            place = pb.Place(
-                membership=pb.Membership(job=self._job),
-                step=step,
-                segment=self._segment,
-                offset=start,
-                total=len(part),
-                encoding=pb.ENCODING_RAW,
-                best=best,
+        places = [
+            (
+                pb.Place(
+                    membership=pb.Membership(job=self._job),
+                    step=step,
+                    segment=self._segment,
+                    offset=start,
+                    total=len(part),
+                    encoding=pb.ENCODING_RAW,
+                    best=best,
+                ),
+                part[start:stop],
             )
-            messages.append(encode(place, part[start:stop]))
+            for start, stop in cuts(len(part), part.dtype.itemsize)
+        ]
+        messages = Messages(len(places))
         with self._lock:
             self._newest = messages
             for listener in self._listeners:
                 listener.put(messages)
+        for place, some in places:
+            messages.add(encode(place, some))
 
     def listen(self) -> "Listening":
         """From now on, beginning with the newest there is."""
