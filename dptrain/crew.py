@@ -2,15 +2,18 @@
 
 Each worker is of so many processes. It is to them what mpirun is to ranks: it starts them, starts a worker that was
 killed again for as long as a server lives, passes a request to stop on to the servers, and leaves with the last one's
-code. Of two servers the second stands by.
+code. Of two servers the second stands by. With ``--nodes NAME:PROCESSES,...`` in place of the numbers there is one
+server here, and a worker on each of these nodes of ``dptrain serve --agents``.
 """
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
 from dptrain import supervision
@@ -23,35 +26,40 @@ _QUICK = 1.0
 """A worker that ended sooner than so many seconds after its start is started again only after as long a pause."""
 
 
-class Crew:
-    """Of ``workers`` workers, each of so many ``processes``, and the server that ``arguments`` start."""
+_GONE = 255
+"""The code of ``dptrain-rsh`` where its node is lost."""
 
-    def __init__(self, workers: int, processes: int, addresses: Sequence[str], arguments: Sequence[str]) -> None:
-        self._workers, self._processes_of_each, self._addresses = workers, processes, addresses
-        self._dptrain = [sys.executable, "-P", "-m", "dptrain"]
-        self._server_line = [*self._dptrain, "param-server", *arguments]
-        self._began: dict[int, float] = {}
+_DPTRAIN = (sys.executable, "-P", "-m", "dptrain")
+
+
+class Crew:
+    """What the command lines of servers, the chief's first, and of workers start.
+
+    ``added`` is of the workers' environment alone.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Sequence[str]],
+        workers: Sequence[Sequence[str]],
+        added: Mapping[str, str] | None = None,
+    ) -> None:
+        self._server_lines, self._worker_lines, self._added = servers, workers, added or {}
+        self._began: dict[int, tuple[float, Sequence[str]]] = {}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._servers: list[int] = []
 
     def run(self) -> int:
         """From the start of all to the end of all; returns the last server's code, 128 + N where signal N ended it."""
-        self._servers = self._start_servers()
+        self._servers = [self._start(line) for line in self._server_lines]
         signal.signal(signal.SIGUSR1, self._ask)
         try:
-            for _ in range(self._workers):
-                self._start_worker()
+            for line in self._worker_lines:
+                self._start_worker(line)
             return self._wait()
         finally:
             for pid in (*self._servers, *self._began):
                 _kill(pid)
-
-    def _start_servers(self) -> list[int]:
-        """The chief first, then its standby if there is one."""
-        chief, *standby = self._addresses
-        lines = [[*self._server_line, "--listen", chief, *(["--standby"] if standby else [])]]
-        lines += [[*self._server_line, "--listen", address, "--standby-of", chief] for address in standby]
-        return [self._start(line) for line in lines]
 
     def _wait(self) -> int:
         code = 0
@@ -69,24 +77,24 @@ class Crew:
                         _kill(worker)
                 continue
             began = self._began.pop(pid, None)
-            if began is not None and self._servers and ended < 0:
-                self._start_worker(pause=time.monotonic() - began < _QUICK)
+            if began is not None and self._servers and (ended < 0 or ended == _GONE):
+                self._start_worker(began[1], pause=time.monotonic() - began[0] < _QUICK)
             elif self._servers and not self._began and ended > 0:
                 # Nobody is left to train with, and each has said why.
                 for server in self._servers:
                     _kill(server)
         return 128 - code if code < 0 else code
 
-    def _start_worker(self, pause: bool = False) -> None:
+    def _start_worker(self, line: Sequence[str], pause: bool = False) -> None:
         if pause:
             time.sleep(_QUICK)
-        addresses = ",".join(self._addresses)
-        line = [*self._dptrain, "worker", "--server", addresses, "--processes", str(self._processes_of_each)]
-        self._began[self._start(line)] = time.monotonic()
+        self._began[self._start(line, {**os.environ, **self._added})] = (time.monotonic(), line)
 
-    def _start(self, line: Sequence[str]) -> int:
+    def _start(self, line: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
         ours = os.getpid()
-        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, preexec_fn=lambda: supervision.die_with(ours))
+        process = subprocess.Popen(
+            line, stdin=subprocess.DEVNULL, env=environ, preexec_fn=lambda: supervision.die_with(ours)
+        )
         self._processes[process.pid] = process
         return process.pid
 
@@ -109,6 +117,54 @@ def addresses(folder: str, count: int) -> list[str]:
     return [f"unix:{folder}/{name}" for name in SOCKETS[:count]]
 
 
+def here(workers: int, processes: int, servers: int, arguments: Sequence[str]) -> Crew:
+    """A crew of this machine alone."""
+    chief, *standby = places = addresses(os.environ[supervision.FOLDER], servers)
+    line = [*_DPTRAIN, "param-server", *arguments]
+    lines = [[*line, "--listen", chief, *(["--standby"] if standby else [])]]
+    lines += [[*line, "--listen", address, "--standby-of", chief] for address in standby]
+    worker = [*_DPTRAIN, "worker", "--server", ",".join(places), "--processes", str(processes)]
+    return Crew(lines, [worker] * workers)
+
+
+def over_nodes(nodes: str, arguments: Sequence[str]) -> Crew:
+    """A server here that only workers of this crew's may join, and a worker on each node."""
+    from dptrain.rsh import NODES, access
+    from dptrain.wire.tokens import Role, TokenFile
+
+    folder = Path(os.environ[supervision.FOLDER])
+    place = access(os.environ[NODES])
+    token = TokenFile(folder / "tokens.json").create("nodes", Role.worker)
+    with socket.create_server((place["host"], 0), family=_family(place["host"])) as found:
+        # Free now; should another take it meanwhile, the server says so and all is started again.
+        port = int(found.getsockname()[1])
+    host = f"[{place['host']}]" if ":" in place["host"] else place["host"]
+    line = [
+        *_DPTRAIN,
+        "param-server",
+        *arguments,
+        "--listen",
+        f"{host}:{port}",
+        "--tokens",
+        str(folder / "tokens.json"),
+    ]
+    if place["certificate"]:
+        line += ["--tls-cert", place["certificate"], "--tls-key", place["key"]]
+    program = str(Path(sys.executable).parent / "dptrain-rsh")
+    workers = []
+    for node in nodes.split(","):
+        name, _, processes = node.rpartition(":")
+        workers.append([program, name, "dptrain", "worker", "--port", str(port), "--processes", processes])
+    return Crew([line], workers, {"DPTRAIN_TOKEN": token})
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 if __name__ == "__main__":
-    places = addresses(os.environ[supervision.FOLDER], int(sys.argv[3]))
-    sys.exit(Crew(int(sys.argv[1]), int(sys.argv[2]), places, sys.argv[4:]).run())
+    if sys.argv[1] == "--nodes":
+        crew = over_nodes(sys.argv[2], sys.argv[3:])
+    else:
+        crew = here(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    sys.exit(crew.run())

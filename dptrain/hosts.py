@@ -150,6 +150,16 @@ def share(n: int, hosts: Sequence[Host]) -> int:
     return min(n, sum(host.slots for host in hosts))
 
 
+def spread(n: int, hosts: Sequence[Host]) -> list[Host]:
+    """The hosts that ``n`` workers are on, in order, with as many slots as each has of them."""
+    found = []
+    for host in hosts:
+        if n > 0:
+            found.append(host._replace(slots=min(n, host.slots)))
+            n -= host.slots
+    return found
+
+
 def listed(hosts: Sequence[Host]) -> str:
     """The hosts as both MPIs' mpirun takes them on its command line."""
     return ",".join(f"{host.name}:{host.slots}" for host in hosts)

@@ -277,6 +277,11 @@ def crew(n: int, servers: int, argv: Sequence[str], *, together: bool) -> list[s
     return [sys.executable, "-P", "-m", "dptrain.crew", str(workers), str(processes), str(servers), *argv]
 
 
+def crew_over_nodes(nodes: Sequence[Host], argv: Sequence[str]) -> list[str]:
+    """The command line that starts a parameter server here and a worker on each of a server's nodes, without MPI."""
+    return [sys.executable, "-P", "-m", "dptrain.crew", "--nodes", listed(nodes), *argv]
+
+
 def needs(name: str, n: int) -> dict[str, str]:
     """What the environment must say for an MPI to start ``n`` workers on this machine."""
     if name != "Open MPI":

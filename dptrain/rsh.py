@@ -1,8 +1,8 @@
 """``dptrain-rsh HOST COMMAND``: what a launcher starts instead of ssh where nodes are those of agents.
 
 It hands the command over to the server, whose folder DPTRAIN_NODES names, and ends with the command's code. The server
-hands it on to the node's agent. Three commands are known: Open MPI's daemon, MPICH's proxy, and the question whether a
-folder is seen. Imports are few: a launcher waits for it.
+hands it on to the node's agent. Known are Open MPI's daemon, MPICH's proxy, a worker of a parameter server, and the
+question whether a folder is seen. Imports are few: a launcher waits for it.
 """
 
 import json
@@ -16,6 +16,9 @@ from collections.abc import Sequence
 
 NODES = "DPTRAIN_NODES"
 """Of the environment: names the folder of the server whose nodes are meant."""
+
+ACCESS = "nodes.json"
+"""Of that folder: how other servers beside it are to listen."""
 
 PROGRAMS = ("prted", "hydra_pmi_proxy")
 """What may be started on a node."""
@@ -41,9 +44,22 @@ def parsed(line: str) -> dict[str, object] | None:
         words = shlex.split(_EXPORT.sub("", line))
     except ValueError:
         return None
+    if words[:2] == ["dptrain", "worker"]:
+        said = dict(zip(words[2::2], words[3::2], strict=False))
+        try:
+            return {"port": int(said["--port"]), "processes": int(said["--processes"])}
+        except (KeyError, ValueError):
+            return None
     if not words or os.path.basename(words[0]) not in PROGRAMS:
         return None
     return {"program": os.path.basename(words[0]), "arguments": words[1:]}
+
+
+def access(folder: str) -> dict[str, str]:
+    """How a parameter server beside the server of a folder is to listen: host, certificate and key, "" without TLS."""
+    with open(os.path.join(folder, ACCESS), encoding="utf-8") as file:
+        found: dict[str, str] = json.load(file)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         if not _reach(server, folder):
             return _fail(f"server of {folder}: expected an answer, found none within {PATIENCE:g} s; is it running?")
+        if "port" in asked:
+            # Not on a command line, which every user of a machine can read.
+            asked["token"] = os.environ.get("DPTRAIN_TOKEN", "")
         server.sendall(json.dumps({"node": host, **asked}).encode() + b"\n")
         return _follow(server, host)
 

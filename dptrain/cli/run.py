@@ -12,7 +12,7 @@ from dptrain import launch
 from dptrain.cli import terminal
 from dptrain.cli.progress import Mode, observer
 from dptrain.errors import LaunchError, UnreachableError, UsageError
-from dptrain.hosts import Host, read, share, silent
+from dptrain.hosts import Host, read, share, silent, spread
 from dptrain.rsh import NODES
 
 
@@ -136,12 +136,15 @@ def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
     # A wrong key is told here, once, before anything is started.
     exchange = load_job(job_path(request.job), request.sets, environ).exchange
     servers = 0 if exchange.type != "ps" else 1 + exchange.standby
-    if servers and hosts:
+    if servers and hosts and (NODES not in environ or servers > 1):
+        standby = NODES in environ
         raise UsageError(
             "--hostfile",
-            expected="an exchange over MPI",
-            found='exchange.type = "ps", which no launch agent starts',
-            cure="start `dptrain param-server` and, on each host, `dptrain worker --server ADDRESS`",
+            expected="one parameter server" if standby else "an exchange over MPI",
+            found="exchange.standby" if standby else 'exchange.type = "ps", which no launch agent starts',
+            cure="leave the standby out: where the server dies the job goes on from its checkpoint"
+            if standby
+            else "start `dptrain param-server` and, on each host, `dptrain worker --server ADDRESS`",
         )
     mode = request.progress if request.progress != "auto" else "plain" if width is None else "bar"
     environ["DPTRAIN_PROGRESS"] = mode
@@ -167,6 +170,8 @@ def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
             again = request._replace(resume=True)
         first, started = not started, True
         said = environ if run_dir is None else keyless
+        if servers and hosts:
+            return Start(launch.crew_over_nodes(spread(n, hosts), again.argv()[1:]), said, servers)
         if servers:
             return Start(launch.crew(n, servers, again.argv()[1:], together=exchange.host_sum), said, servers)
         if not hosts:
@@ -190,7 +195,7 @@ def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
     restarts = MAX_RESTARTS if request.max_restarts is None else request.max_restarts
     code = 1
     try:
-        code = supervise(start, by_hand, tell, restarts, Path.cwd() if hosts else None)
+        code = supervise(start, by_hand, tell, restarts, Path.cwd() if hosts and not servers else None)
     finally:
         if code and mode == "bar":
             _mend_terminal()

@@ -31,7 +31,7 @@ from dptrain.wire.address import Address
 from dptrain.wire.backoff import delays
 from dptrain.wire.channel import connect
 from dptrain.wire.limits import Patience
-from dptrain.wire.security import Calling
+from dptrain.wire.security import Calling, ClientTls
 from dptrain.wire.statuses import told
 from dptrain.wire.version import agree
 
@@ -95,7 +95,7 @@ class Agent:
         """One connection, from its beginning to its end; True where it was cut off without a word."""
         with contextlib.closing(connect(self._server, self._calling, patience=self._patience)) as channel:
             agree(channel, self._server, self._patience)
-            self._stream = stream = _Stream(self._registration, self._server)
+            self._stream = stream = _Stream(self._registration, self._server, self._calling.tls)
             if self._asked.is_set():
                 return False
             try:
@@ -117,14 +117,14 @@ class Agent:
 class _Stream:
     """One stream to the server."""
 
-    def __init__(self, said: pb.Registration, server: Address) -> None:
+    def __init__(self, said: pb.Registration, server: Address, tls: ClientTls | None) -> None:
         self._registration = said
         self._said: queue.SimpleQueue[pb.ServeRequest | None] = queue.SimpleQueue()
         self._said.put(pb.ServeRequest(registration=said))
         self._ended = threading.Event()
         self._leaves = False
         self._call: grpc.Call | None = None
-        self.daemons = Daemons(self._said.put, server, said.address, os.environ)
+        self.daemons = Daemons(self._said.put, server, said.address, os.environ, None if tls is None else tls.ca)
 
     def go(self, channel: grpc.Channel, server: Address) -> None:
         """Until the server ends it, or this node leaves. Raises DptrainError."""
@@ -173,6 +173,8 @@ class _Stream:
             self.daemons.start(message.start)
         elif kind == "look":
             self.daemons.look(message.look)
+        elif kind == "work":
+            self.daemons.work(message.work)
         elif kind == "kill":
             self.daemons.kill(message.kill.id)
 

@@ -1,4 +1,4 @@
-"""What runs on an agent's node: daemons of launchers, each in a session of its own, and nothing else."""
+"""What runs on an agent's node, each in a session of its own, and nothing else: daemons of launchers, and workers."""
 
 import contextlib
 import os
@@ -6,9 +6,10 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 from dptrain import scratch
@@ -17,6 +18,7 @@ from dptrain.rsh import PROGRAMS
 from dptrain.service import log, started
 from dptrain.v1 import agent_service_pb2 as pb
 from dptrain.wire.address import Address
+from dptrain.wire.tokens import VARIABLE
 
 REFUSED = 126
 """The code of what is not started, as a shell has it."""
@@ -36,13 +38,18 @@ class Daemons:
     """What was started over one stream. ``say`` sends a message over it.
 
     ``start`` is to be called from a thread that lives as long as the process: the kernel ends daemons with it.
-    ``address`` is this node's.
+    ``address`` is this node's, ``ca`` that of the server's certificate.
     """
 
     def __init__(
-        self, say: Callable[[pb.ServeRequest], None], server: Address, address: str, environ: Mapping[str, str]
+        self,
+        say: Callable[[pb.ServeRequest], None],
+        server: Address,
+        address: str,
+        environ: Mapping[str, str],
+        ca: Path | None = None,
     ) -> None:
-        self._say, self._server, self._address = say, server, address
+        self._say, self._server, self._ca = say, server, ca
         self._environ = environment(environ, address)
         self._lock = threading.Lock()
         self._running: dict[int, subprocess.Popen[bytes]] = {}
@@ -60,14 +67,30 @@ class Daemons:
         arguments = list(asked.arguments)
         if asked.program == "hydra_pmi_proxy" and not self._server.path:
             arguments = _called_back(arguments, self._server.host)
+        self._begin(asked.id, asked.program, [str(path), *arguments])
+
+    def work(self, asked: pb.Work) -> None:
+        """Start a worker of a parameter server."""
+        if not 1 <= asked.port < 1 << 16 or asked.processes < 1:
+            why = f"expected a port and at least 1 process, found port {asked.port}, {asked.processes} processes"
+            self._say(pb.ServeRequest(exited=pb.Exited(id=asked.id, code=REFUSED, refused=why)))
+            return
+        line = [sys.executable, "-P", "-m", "dptrain", "worker", "--processes", str(asked.processes)]
+        line += ["--server", str(Address(self._server.host or "127.0.0.1", asked.port))]
+        line += [] if self._ca is None else ["--tls-ca", str(self._ca.resolve())]
+        self._begin(asked.id, "worker", line, {VARIABLE: asked.token})
+
+    def _begin(
+        self, number: int, name: str, line: Sequence[str], added: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         left = ExitStack()
         try:
             folder, memory = left.enter_context(scratch.folders())
-            environ = {**self._environ, "TMPDIR": str(folder)}
+            environ = {**self._environ, **added, "TMPDIR": str(folder)}
             if memory is not None:
                 environ["OMPI_MCA_btl_sm_backing_directory"] = str(memory)
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", started.__name__, str(os.getpid()), str(path), *arguments],
+                [sys.executable, "-P", "-m", started.__name__, str(os.getpid()), *line],
                 cwd=folder,
                 env=environ,
                 stdin=subprocess.DEVNULL,
@@ -77,13 +100,13 @@ class Daemons:
             )
         except OSError as error:
             left.close()
-            why = f"expected {asked.program} to start, found {error.strerror or error}"
-            self._say(pb.ServeRequest(exited=pb.Exited(id=asked.id, code=REFUSED, refused=why)))
+            why = f"expected {name} to start, found {error.strerror or error}"
+            self._say(pb.ServeRequest(exited=pb.Exited(id=number, code=REFUSED, refused=why)))
             return
-        log.tell("started", program=asked.program, id=asked.id, pid=process.pid)
+        log.tell("started", program=name, id=number, pid=process.pid)
         with self._lock:
-            self._running[asked.id] = process
-        thread = threading.Thread(target=self._attend, args=(asked.id, process, left), name="daemon", daemon=True)
+            self._running[number] = process
+        thread = threading.Thread(target=self._attend, args=(number, process, left), name="daemon", daemon=True)
         self._threads.append(thread)
         thread.start()
 

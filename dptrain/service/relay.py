@@ -1,13 +1,15 @@
 """From a launcher to a node: ``dptrain-rsh`` hands over what is to run there, and gets what comes of it.
 
-A Unix socket in the server's folder, for the server's own user alone. A request is a line of JSON, ``{"node": name,
-"program": name, "arguments": [...]}`` or ``{"node": name, "look": path}``; the answer is frames of a letter, a length
-of four bytes and content: ``o`` and ``e`` for output, ``x`` for the end, JSON with ``code`` and ``why``.
+A Unix socket in the server's folder, for the server's own user alone. A request is a line of JSON with ``node`` and one
+of ``program`` and ``arguments``; ``port``, ``processes`` and ``token``; ``look``.
+The answer is frames of a letter, a length in four bytes, and content: ``o`` and ``e`` are output, ``x`` is the end,
+JSON with ``code`` and ``why``.
 """
 
 import contextlib
 import json
 import os
+import select
 import socket
 import struct
 import threading
@@ -29,6 +31,9 @@ UNREACHED = 255
 
 HEAD = struct.Struct("!cI")
 _AGAIN = 0.1
+_WORKERS_SECONDS = 60.0
+"""For which the node of a parameter server's worker is waited for, before it is asked for anew."""
+
 _MOST_REQUEST = 1 << 20
 
 
@@ -79,8 +84,8 @@ class Relay:
         """One request, from its line to its end."""
         with caller, contextlib.suppress(OSError):
             try:
-                name, ask = _request(caller)
-                start = self._begin(name, ask)
+                name, ask, patience = _request(caller)
+                start = self._begin(caller, name, ask, patience)
             except DptrainError as error:
                 _send(caller, b"x", _ending(UNREACHED, str(error)))
                 return
@@ -96,15 +101,20 @@ class Relay:
                 with contextlib.suppress(OSError):
                     caller.shutdown(socket.SHUT_RDWR)
 
-    def _begin(self, name: str, ask: Callable[[int], pb.ServeResponse]) -> Start:
-        """Ask a node, which is waited for where this server is so young that it may not have come back."""
+    def _begin(
+        self, caller: socket.socket, name: str, ask: Callable[[int], pb.ServeResponse], patience: float
+    ) -> Start:
+        """Ask a node, which is waited for: by a worker of a parameter server that goes on meanwhile, and where this
+        server is so young that the node may not have come back.
+        """
+        until = max(self._settled, time.monotonic() + patience)
         while True:
             try:
                 return self._nodes.begin(name, ask)
             except UnreachableError:
-                if time.monotonic() > self._settled:
+                # Readable: whoever asked is gone, as nothing more is said.
+                if time.monotonic() > until or select.select([caller], [], [], _AGAIN)[0]:
                     raise
-            time.sleep(_AGAIN)
 
     def _watch(self, caller: socket.socket, name: str, start: Start) -> None:
         """End what runs when whoever asked for it is gone."""
@@ -114,8 +124,11 @@ class Relay:
         self._nodes.end(name, start)
 
 
-def _request(caller: socket.socket) -> tuple[str, Callable[[int], pb.ServeResponse]]:
-    """The node's name, and what makes the message to it of a number. Raises ValueError, KeyError, TypeError."""
+def _request(caller: socket.socket) -> tuple[str, Callable[[int], pb.ServeResponse], float]:
+    """The node's name, what makes the message to it of a number, and for how many seconds the node is waited for.
+
+    Raises ValueError, KeyError, TypeError.
+    """
     line = b""
     while not line.endswith(b"\n"):
         part = caller.recv(1 << 16)
@@ -125,11 +138,19 @@ def _request(caller: socket.socket) -> tuple[str, Callable[[int], pb.ServeRespon
     said: dict[str, Any] = json.loads(line)
     if "look" in said:
         path = str(said["look"])
-        return str(said["node"]), lambda number: pb.ServeResponse(look=pb.Look(id=number, path=path))
+        return str(said["node"]), lambda number: pb.ServeResponse(look=pb.Look(id=number, path=path)), 0.0
+    if "port" in said:
+        port, processes, token = int(said["port"]), int(said["processes"]), str(said["token"])
+        return (
+            str(said["node"]),
+            lambda number: pb.ServeResponse(work=pb.Work(id=number, port=port, processes=processes, token=token)),
+            _WORKERS_SECONDS,
+        )
     program, arguments = str(said["program"]), [str(word) for word in said["arguments"]]
     return (
         str(said["node"]),
         lambda number: pb.ServeResponse(start=pb.Start(id=number, program=program, arguments=arguments)),
+        0.0,
     )
 
 

@@ -1,6 +1,7 @@
 """The composition root of the service: one process that takes jobs and runs them, from a folder that is its own."""
 
 import fcntl
+import json
 import os
 import socket
 import sys
@@ -14,7 +15,7 @@ import grpc
 
 from dptrain import hosts
 from dptrain.errors import LaunchError, StorageError
-from dptrain.rsh import NODES
+from dptrain.rsh import ACCESS, NODES
 from dptrain.service import known, log
 from dptrain.service.agent_service import AgentService
 from dptrain.service.artifact_service import ArtifactService
@@ -173,6 +174,7 @@ class JobServer:
             left.callback(page.close)
             self.page = page.address
         if options.agents:
+            known.write_private(data / ACCESS, json.dumps(_access(self.address, options.tls)))
             relay = Relay(data, self.nodes)
             left.callback(relay.close)
         conductor.start()
@@ -226,6 +228,15 @@ def _reach(data: Path, environ: Mapping[str, str]) -> dict[str, str]:
             "--agents", expected=f"the program {program}", found="none", cure="install dptrain again with pip"
         )
     return {**dict.fromkeys(hosts.AGENTS, str(program)), NODES: str(data)}
+
+
+def _access(address: Address, tls: ServerTls | None) -> dict[str, str]:
+    """How a job's parameter server is to listen: as this server does, by another port."""
+    return {
+        "host": address.host or "127.0.0.1",
+        "certificate": "" if tls is None or address.path else str(tls.certificate.resolve()),
+        "key": "" if tls is None or address.path else str(tls.key.resolve()),
+    }
 
 
 def _claim(data: Path, left: ExitStack) -> None:

@@ -250,6 +250,7 @@ class ServeResponse(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     KILL_FIELD_NUMBER: _builtins.int
     LOOK_FIELD_NUMBER: _builtins.int
+    WORK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """First of all: the node takes part."""
@@ -270,6 +271,10 @@ class ServeResponse(_message.Message):
     def look(self) -> Global___Look:
         """See whether this node sees a folder of the server's."""
 
+    @_builtins.property
+    def work(self) -> Global___Work:
+        """Start a worker of a parameter server."""
+
     def __init__(
         self,
         *,
@@ -278,12 +283,13 @@ class ServeResponse(_message.Message):
         start: Global___Start | None = ...,
         kill: Global___Kill | None = ...,
         look: Global___Look | None = ...,
+        work: Global___Work | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "kill", b"kill", "look", b"look", "start", b"start", "told", b"told", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "kill", b"kill", "look", b"look", "start", b"start", "told", b"told", "welcome", b"welcome", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "kill", b"kill", "look", b"look", "start", b"start", "told", b"told", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "kill", b"kill", "look", b"look", "start", b"start", "told", b"told", "welcome", b"welcome", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_told: _TypeAlias = _typing.Literal["welcome", "drain", "start", "kill", "look"]  # noqa: Y015
+    _WhichOneofReturnType_told: _TypeAlias = _typing.Literal["welcome", "drain", "start", "kill", "look", "work"]  # noqa: Y015
     _WhichOneofArgType_told: _TypeAlias = _typing.Literal["told", b"told"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_told) -> _WhichOneofReturnType_told | None: ...
 
@@ -412,3 +418,37 @@ class Look(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Look: _TypeAlias = Look  # noqa: Y015
+
+@_typing.final
+class Work(_message.Message):
+    """A worker of a parameter server to be started, of the node's own installation. It ends with the stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """By which the two sides name it; no other of this stream has it."""
+    port: _builtins.int
+    """The port of the parameter server, at the host by which the agent reaches the server."""
+    token: _builtins.str
+    """The token for it."""
+    processes: _builtins.int
+    """With how many processes it computes."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        port: _builtins.int = ...,
+        token: _builtins.str = ...,
+        processes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "port", b"port", "processes", b"processes", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Work: _TypeAlias = Work  # noqa: Y015

@@ -1,0 +1,197 @@
+"""A server with agents on three nodes, and what may become of them while a job runs.
+
+``python -m tests.service.over_nodes [WHAT...]`` does each to a job: it must end with solo's hash.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dptrain import rundir
+from dptrain.errors import StorageError
+from dptrain.service.server import JOBS, TOKENS
+from dptrain.wire import certificates
+from dptrain.wire.tokens import Role, TokenFile, keep
+from tests.faults.live import until
+from tests.faults.network import Cluster
+from tests.faults.oracle import Command, Surroundings
+from tests.service.jobs import JOB, solo_hash
+
+DPTRAIN = [sys.executable, "-P", "-m", "dptrain"]
+QUIET = JOB.replace("steps = 30", "steps = 2000")
+TEXT = QUIET.replace("[train]", "[output]\ncheckpoint_steps = 50\n\n[train]")
+
+
+class Service:
+    """A server with agents, each on its own node; commands run on the server's."""
+
+    def __init__(self, place: Surroundings, cluster: Cluster) -> None:
+        self.place, self.cluster = place, cluster
+        self.commands: list[Command] = []
+        self.address = f"{cluster.address(0)}:7077"
+        self.data = place.folder / "data"
+        # All nodes share this machine's cores, which no MPI can know.
+        self.environ = {"XDG_CONFIG_HOME": str(place.folder / "config"), "OMPI_MCA_mpi_yield_when_idle": "1"}
+        self.client = ["--server", self.address, "--tls-ca", "certs/ca.crt"]
+        certificates.init(place.folder / "certs", [cluster.address(0)], 1)
+        self.server = self.serve()
+        self.seen("serving", 1)
+        keep(place.folder / "token", lambda: TokenFile(self.data / TOKENS).create("nodes", Role.worker))
+
+    def serve(self) -> Command:
+        line = ["serve", "--agents", "--listen", self.address, "--data", "data"]
+        return self.on(0, *line, "--tls-cert", "certs/server.crt", "--tls-key", "certs/server.key")
+
+    def agent(self, node: int, slots: int = 1) -> Command:
+        return self.on(node, "agent", *self.client, "--slots", str(slots), "--token-file", "token")
+
+    def on(self, node: int, *words: str) -> Command:
+        self.commands.append(self.place.start([*self.cluster.inside(node), *DPTRAIN, *words], **self.environ))
+        return self.commands[-1]
+
+    def said(self, *words: str) -> str:
+        ended = self.place.ended(self.on(0, *words, *self.client), 60)
+        assert ended.code == 0, f"{words}: {ended.out}{ended.err}"
+        return ended.out
+
+    def submit(self, *words: str, more: str = "") -> str:
+        (self.place.folder / "job.toml").write_text(TEXT + more)
+        found: str = json.loads(self.said("submit", "job.toml", "-o", "json", *words))["id"]
+        return found
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """What the server's log says of one kind."""
+        lines = [json.loads(line) for line in self.server.err.splitlines(keepends=True) if line.endswith("}\n")]
+        return [line for line in lines if line["event"] == name]
+
+    def seen(self, name: str, times: int) -> None:
+        assert until(lambda: len(self.events(name)) >= times, 60, nap=0.05), self.server.err
+
+    def step(self, job: str) -> int:
+        """How far a job is, by its journal."""
+        journal = self.data / JOBS / job / "run" / rundir.JOURNAL
+        lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        return max((line["step"] for line in whole if "step" in line and "event" not in line), default=0)
+
+    def reaches(self, job: str, step: int) -> None:
+        assert until(lambda: self.step(job) >= step, 90, nap=0.02), self.server.err
+
+    def result(self, job: str) -> dict[str, Any]:
+        """What a job came to, as soon as it has."""
+        found: dict[str, Any] = {}
+
+        def done() -> bool:
+            try:
+                found.update(rundir.read_json(self.data / JOBS / job / "run" / rundir.RESULT))
+            except StorageError:
+                return False
+            return bool(found["state"] == "done")
+
+        assert until(done, 90, nap=0.05), self.server.err
+        return found
+
+
+@contextmanager
+def service(folder: Path) -> Iterator[Service]:
+    """A server on a node of its own, in a new folder; everything is ended afterwards."""
+    place = Surroundings(folder)
+    with Cluster(place) as cluster:
+        commands: list[Command] = []
+        try:
+            made = Service(place, cluster)
+            commands = made.commands
+            yield made
+        finally:
+            place.kill()
+            for command in commands:
+                command.wait(10)
+
+
+def _agent_killed(service: Service, agents: Mapping[int, Command]) -> None:
+    os.kill(agents[3].process.pid, signal.SIGKILL)
+
+
+def _agent_stopped(service: Service, agents: Mapping[int, Command]) -> None:
+    """Beyond the deadline; it goes on when the job has begun again without it."""
+    os.kill(agents[3].process.pid, signal.SIGSTOP)
+    service.seen("node lost", 1)
+    os.kill(agents[3].process.pid, signal.SIGCONT)
+    service.seen("node joined", 4)
+
+
+def _link_cut(service: Service, agents: Mapping[int, Command]) -> None:
+    """Of the chief's node, and mended when the others have gone on."""
+    service.cluster.cut(1)
+    service.seen("node lost", 1)
+    time.sleep(3)
+    service.cluster.mend(1)
+
+
+def _link_cut_for_a_moment(service: Service, agents: Mapping[int, Command]) -> None:
+    service.cluster.cut(3)
+    time.sleep(2)
+    service.cluster.mend(3)
+
+
+def _server_killed(service: Service, agents: Mapping[int, Command]) -> None:
+    os.kill(service.server.process.pid, signal.SIGKILL)
+    service.server.wait(10)
+    service.server = service.serve()
+
+
+def _all_agents_killed(service: Service, agents: Mapping[int, Command]) -> None:
+    for agent in agents.values():
+        os.kill(agent.process.pid, signal.SIGKILL)
+    service.seen("node lost", 3)
+    for node in agents:
+        service.agent(node)
+
+
+WHAT: Mapping[str, Callable[[Service, Mapping[int, Command]], None]] = {
+    "agent killed": _agent_killed,
+    "agent stopped": _agent_stopped,
+    "link cut": _link_cut,
+    "link cut for a moment": _link_cut_for_a_moment,
+    "server killed": _server_killed,
+    "all agents killed": _all_agents_killed,
+}
+
+
+def main() -> int:
+    """Do it, and tell of each; 1 where one ended otherwise than it should."""
+    bad = 0
+    work = Path(tempfile.mkdtemp(prefix="over-nodes-"))
+    truth = solo_hash(work, QUIET)
+    for what in sys.argv[1:] or WHAT:
+        began = time.monotonic()
+        with service(work / what.replace(" ", "-")) as made:
+            agents = {node: made.agent(node) for node in (1, 2, 3)}
+            made.seen("node joined", 3)
+            job = made.submit("-n", "3")
+            made.reaches(job, 40)
+            struck = made.step(job)
+            WHAT[what](made, agents)
+            try:
+                good = made.result(job)["weights_sha256"] == truth
+            except AssertionError as error:
+                good = False
+                print(error)
+            print(f"{'good' if good else 'BAD'}: {what} at step {struck} {time.monotonic() - began:.0f} s", flush=True)
+            if not good:
+                print((made.data / JOBS / job / "log.jsonl").read_text()[-4000:], flush=True)
+            bad += not good
+    shutil.rmtree(work)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
