@@ -167,10 +167,9 @@ class JobServer:
             left.callback(self.exposition.close)
         if options.page is not None:
             from dptrain.service.page.jobs import Jobs
-            from dptrain.service.page.server import Certificate, PageServer
+            from dptrain.service.page.server import PageServer
 
-            tls = None if options.tls is None else Certificate(options.tls.certificate, options.tls.key)
-            page = PageServer(Jobs(self.desk), options.page.host, options.page.port, door=tokens, tls=tls)
+            page = PageServer(Jobs(self.desk), options.page.host, options.page.port, door=tokens, tls=options.tls)
             left.callback(page.close)
             self.page = page.address
         if options.agents:

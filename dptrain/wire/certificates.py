@@ -52,6 +52,27 @@ def init(folder: Path, hosts: Sequence[str] = (), days: int = DAYS) -> list[Path
     return files
 
 
+def hosts(file: Path) -> list[str]:
+    """The names and IP addresses that a PEM certificate is for; "*.NAME" stands for one more part before NAME.
+
+    Raises StorageError, or UsageError where the file holds no certificate.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(file.read_bytes())
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except OSError as error:
+        raise StorageError(
+            f"{file}", expected="a PEM file", found=error.strerror or str(error), cure="dptrain certs init makes them"
+        ) from None
+    except ValueError as error:
+        raise UsageError(
+            f"{file}", expected="a certificate", found=str(error)[:80], cure="dptrain certs init makes them"
+        ) from None
+    except x509.ExtensionNotFound:
+        return []
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+
+
 def _write(folder: Path, contents: dict[Path, bytes]) -> None:
     there = [path for path in contents if path.exists()]
     if there:

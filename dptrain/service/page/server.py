@@ -1,29 +1,22 @@
 """The page on an address, in a thread of the process that has it."""
 
 import socket
+import ssl
 import threading
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 from dptrain.errors import LaunchError, UsageError
 from dptrain.service.page.reading import Door, Reading
+from dptrain.wire.security import ServerTls
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-class Certificate(NamedTuple):
-    """The files for TLS."""
-
-    certificate: Path
-    key: Path
 
 
 class PageServer:
     """Serves until it is closed. Loopback alone may do without a ``door`` and without TLS.
 
-    ``names`` are other names that the machine is asked for by. Raises UsageError for an open address without a door
-    and TLS, or where the extra ``service`` is missing, LaunchError where the address can't be had.
+    It may be asked for by ``host`` and by the names that the certificate is for. Raises UsageError for an open
+    address without a door and TLS, or where the extra ``service`` is missing, LaunchError where the address can't be
+    had.
     """
 
     def __init__(
@@ -33,8 +26,7 @@ class PageServer:
         port: int = 0,
         *,
         door: Door | None = None,
-        tls: Certificate | None = None,
-        names: Sequence[str] = (),
+        tls: ServerTls | None = None,
     ) -> None:
         if host not in LOOPBACK and (door is None or tls is None):
             raise UsageError(
@@ -54,12 +46,16 @@ class PageServer:
                 "page", expected=f"the package {error.name}", found="none", cure="pip install 'dptrain[service]'"
             ) from None
 
+        known = [host, *(LOOPBACK if host in LOOPBACK else ())]
+        if tls is not None:
+            from dptrain.wire import certificates
+
+            known += certificates.hosts(tls.certificate)
         self._socket = _bound(host, port)
         self.port: int = self._socket.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{'https' if tls else 'http'}://{shown}:{self.port}"
         self._closing = Closing()
-        known = (host, *names, *(LOOPBACK if host in LOOPBACK else ()))
         config = uvicorn.Config(
             make_app(reading, Sessions(door), known, self._closing),
             log_config=None,
@@ -71,6 +67,8 @@ class PageServer:
             limit_concurrency=512,
             ssl_certfile=str(tls.certificate) if tls else None,
             ssl_keyfile=str(tls.key) if tls else None,
+            ssl_ca_certs=str(tls.clients) if tls and tls.clients else None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if tls and tls.clients else ssl.CERT_NONE,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, name="page", daemon=True)

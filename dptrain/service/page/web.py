@@ -57,8 +57,8 @@ _STATUS: tuple[tuple[type[DptrainError], int], ...] = (
 def make_app(reading: Reading, sessions: Sessions, hosts: Sequence[str], closing: Closing) -> ASGIApp:
     """The page as an ASGI application.
 
-    ``hosts`` are the names under which it may be asked for: another site's name that leads here (DNS rebinding) is
-    refused. ``closing`` ends the streams.
+    ``hosts`` are the names under which it may be asked for, as in a certificate: another site's name that leads here
+    (DNS rebinding) is refused. ``closing`` ends the streams.
     """
     page = _Page(reading, sessions, closing)
     routes = [
@@ -73,7 +73,7 @@ def make_app(reading: Reading, sessions: Sessions, hosts: Sequence[str], closing
         Route("/api/jobs/{job}/files/{path:path}", page.file),
         Route("/api/jobs/{job}/{verb}", page.act, methods=["POST"]),
     ]
-    return _Guarded(Starlette(routes=routes), frozenset(hosts))
+    return _Guarded(Starlette(routes=routes), frozenset(host.lower() for host in hosts))
 
 
 def _assets() -> list[tuple[str, str]]:
@@ -119,7 +119,8 @@ class _Guarded:
 
     def _refusal(self, method: str, headers: Mapping[str, str]) -> str:
         host = headers.get("host", "")
-        if _name_of(host) not in self.hosts:
+        name = _name_of(host)
+        if name not in self.hosts and f"*.{name.partition('.')[2]}" not in self.hosts:
             return "this server is not called that"
         foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
         followed = method == "GET" and headers.get("sec-fetch-mode") == "navigate"

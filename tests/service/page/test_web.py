@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,11 @@ from dptrain.errors import LaunchError, UsageError
 from dptrain.service.page.reading import VERBS
 from dptrain.service.page.runs import Runs
 from dptrain.service.page.server import PageServer
-from dptrain.service.page.sessions import COOKIE
+from dptrain.service.page.sessions import COOKIE, Sessions
+from dptrain.service.page.stream import Closing
+from dptrain.service.page.web import make_app
+from dptrain.wire import certificates
+from dptrain.wire.security import ServerTls
 from tests.fuzz.page import campaign, live_at, no_bugs
 from tests.service.page.conftest import TOKENS, Served, Someone, Steered, Tokens
 
@@ -28,6 +33,7 @@ READS = [
     "/api/jobs/one/files/job.toml",
 ]
 ACTS = [f"/api/jobs/one/{verb}" for verb in VERBS]
+TRIED = {"GET": READS, "POST": ["/api/session", *ACTS], "DELETE": ["/api/session"]}
 
 
 @contextlib.contextmanager
@@ -56,6 +62,15 @@ def test_nothing_is_told_without_a_token(guarded: PageServer, token: str | None)
         for path in ACTS:
             assert client.post(path).status_code == 401, path
         assert client.delete("/api/session").status_code == 403
+
+
+def test_no_route_is_left_out_here(runs: Path) -> None:
+    app = make_app(Runs(runs), Sessions(None), (), Closing())
+    routes = [route for route in app.app.routes if not route.path.startswith("/static/") and route.path != "/"]  # type: ignore[attr-defined]
+    assert len(routes) > len(TRIED)
+    for route in routes:
+        for method in route.methods - {"HEAD"}:
+            assert any(route.path_regex.match(path) for path in TRIED[method]), (method, route.path)
 
 
 def test_a_reader_sees_and_changes_nothing(guarded: PageServer) -> None:
@@ -253,6 +268,50 @@ def test_open_addresses_need_tokens_and_tls(runs: Path) -> None:
         PageServer(Runs(runs), "0.0.0.0")
     with pytest.raises(UsageError, match="no TLS"):
         PageServer(Runs(runs), "0.0.0.0", door=Tokens())
+
+
+@pytest.fixture(scope="module")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certs")
+    certificates.init(folder, ["Trainer.lan", "*.cluster.lan"])
+    return folder
+
+
+def test_over_tls_it_has_its_certificates_names(runs: Path, served: Served, certs: Path) -> None:
+    server = served(Steered(runs), door=Tokens(), tls=ServerTls(certs / "server.crt", certs / "server.key"))
+    assert server.address.startswith("https://127.0.0.1:")
+    trust = ssl.create_default_context(cafile=certs / "ca.crt")
+    with httpx.Client(base_url=server.address, verify=trust, trust_env=False) as client:
+        for token in (None, "wrong"):
+            assert client.post("/api/session", json={"token": token}).status_code in (400, 401)
+            assert {client.get(path).status_code for path in READS} == {401}
+        for host, status in (
+            ("trainer.lan", 200),
+            ("n1.cluster.lan:8470", 200),
+            ("localhost", 200),
+            ("a.n1.cluster.lan", 403),
+            ("cluster.lan", 403),
+            ("evil.example", 403),
+        ):
+            assert client.get("/", headers={"host": host}).status_code == status, host
+        told = client.post("/api/session", json={"token": "t-read"})
+        assert "; Secure" in told.headers["set-cookie"]
+        assert client.get("/api/jobs/one/config").status_code == 200
+        proof = {"x-dptrain-csrf": told.json()["csrf"]}
+        assert {client.post(path, headers=proof).status_code for path in ACTS} == {403}
+    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+        httpx.get(server.address, trust_env=False)
+
+
+def test_who_asks_for_client_certificates_is_shown_one(runs: Path, served: Served, certs: Path) -> None:
+    tls = ServerTls(certs / "server.crt", certs / "server.key", certs / "ca.crt")
+    server = served(Runs(runs), door=Tokens(), tls=tls)
+    trust = ssl.create_default_context(cafile=certs / "ca.crt")
+    with httpx.Client(verify=trust, trust_env=False) as client, pytest.raises(httpx.TransportError):
+        client.get(server.address)
+    trust.load_cert_chain(certs / "client.crt", certs / "client.key")
+    with httpx.Client(verify=trust, trust_env=False) as client:
+        assert client.get(server.address).status_code == 200
 
 
 def test_a_taken_port_is_told(runs: Path, served: Served) -> None:
