@@ -4,6 +4,7 @@ To the loop it is the exchange of a single worker that owns no shards. ``swap`` 
 whoever takes part, gives those of who is gone to others, and goes on as solo does as soon as all are in.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -317,6 +318,7 @@ class ParameterServer(Exchange):
         if not total:
             return []
         self._rows: dict[int, npt.NDArray[np.float64]] = {}
+        self._outvoted: set[int] = set()
         with hub.changed:
             hub.step = step
             members = self._members()
@@ -331,12 +333,15 @@ class ParameterServer(Exchange):
             while True:
                 if hub.failure is not None:
                     raise hub.failure
-                self._read(ranges, fits)
+                for some in self._read(ranges, fits):
+                    self._ask_another(some, ranges, ask)
                 self._disagree(self.intake.differing())
                 if all(some.answer is not None for some in ranges):
                     break
                 now = time.monotonic()
-                open_ = [lease for some in ranges if some.answer is None for lease in some.leases]
+                open_ = [
+                    lease for some in ranges if some.answer is None for lease in some.leases if self._pending(lease)
+                ]
                 living = [lease for lease in open_ if lease.member in hub.members]
                 heard = {member.number: member.heard for member in hub.members.values()}
                 for number in leases.overdue(living, heard, now, self.lease_seconds):
@@ -364,21 +369,67 @@ class ParameterServer(Exchange):
                     hub.open.pop(number, None)
         return sorted(ranges, key=lambda some: some.lo)
 
-    def _read(self, ranges: Sequence[Range], fits: Callable[[Range, npt.NDArray[np.float64]], bool]) -> None:
-        """Take the first good answer of each range."""
+    def _read(self, ranges: Sequence[Range], fits: Callable[[Range, npt.NDArray[np.float64]], bool]) -> list[Range]:
+        """Take the first good answer of each range; the ranges that another is to be asked for, too.
+
+        Of a gradient that is not finite a second worker has to say the same, where there is one: who sends NaN where
+        there is none neither ends the run nor moves a bit.
+        """
+        asked = []
         for some in ranges:
             if some.answer is not None:
                 continue
+            doubtful = []
             for lease in some.leases:
                 open_ = self.hub.open.get(lease.number)
                 if open_ is None or not open_.whole or open_.rows is None:
                     continue
                 if not fits(some, open_.rows):
                     self.hub.lose(lease.member, "answered something else")
-                    continue
-                some.answer = lease
-                self._rows[lease.number] = open_.rows
-                break
+                elif self._finite(lease, open_.rows):
+                    some.answer = lease
+                    break
+                else:
+                    doubtful.append(lease)
+            if some.answer is None and doubtful:
+                if len(doubtful) > 1 or not self._others(some):
+                    some.answer = doubtful[0]
+                elif all(lease in doubtful or lease.member not in self.hub.members for lease in some.leases):
+                    asked.append(some)
+            elif some.answer is not None:
+                for lease in doubtful:
+                    self._outvoted.add(lease.number)
+                    print(
+                        f"dptrain: worker {lease.member} at step {self.hub.step}: its gradient of shards {some.lo} to "
+                        f"{some.hi - 1} is not finite, worker {some.answer.member}'s is: that counts",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+            if some.answer is not None:
+                rows = self.hub.open[some.answer.number].rows
+                assert rows is not None
+                self._rows[some.answer.number] = rows
+        return asked
+
+    def _finite(self, lease: Lease, rows: npt.NDArray[np.float64]) -> bool:
+        """Whether an answer is, or is none of which that is asked."""
+        known = self._boxes.get(lease.number)
+        return known is None or (known[1].finite and bool(np.isfinite(rows).all()))
+
+    def _others(self, some: Range) -> list[int]:
+        """Who takes part and has not answered yet for a range."""
+        answered = {lease.member for lease in some.leases if not self._pending(lease)}
+        return sorted(n for n, member in self.hub.members.items() if member.working and n not in answered)
+
+    def _pending(self, lease: Lease) -> bool:
+        """Whether there is no whole answer yet."""
+        open_ = self.hub.open.get(lease.number)
+        return open_ is None or not open_.whole or open_.rows is None
+
+    def _ask_another(self, some: Range, ranges: Sequence[Range], ask: Callable[[Grant], None]) -> None:
+        """Let another worker compute a range too."""
+        others = self._others(some)
+        ask(Grant(some, [*leases.idle(ranges, others), *others][0]))
 
     def _compared(self, ranges: Sequence[Range], step: int) -> list[int]:
         """The leases of which something else came than of who was first; what is yet to come is compared later."""
@@ -387,7 +438,7 @@ class ParameterServer(Exchange):
             first = some.answer
             for lease in some.leases if first is not None and first.number in self._boxes else ():
                 assert first is not None
-                if lease is first or lease.number not in self.hub.open:
+                if lease is first or lease.number in self._outvoted or lease.number not in self.hub.open:
                     continue
                 while len(self._late) >= LATE:
                     old = next(iter(self._late))

@@ -18,13 +18,17 @@ Spot = tuple[int, int]
 
 @dataclass
 class Box:
-    """What came of a lease: rows of ``vectors`` are those of ``nodes``, as far as ``sums`` has their checksums."""
+    """What came of a lease: rows of ``vectors`` are those of ``nodes``, as far as ``sums`` has their checksums.
+
+    ``finite``: nothing that came is NaN or infinite.
+    """
 
     nodes: Sequence[Node]
     vectors: Array
     missing: int
     sums: dict[Spot, int] = field(default_factory=dict)
     shut: bool = False
+    finite: bool = True
     writing: int = 0
 
 
@@ -112,8 +116,12 @@ class Intake:
             box.sums[spot] = place.checksum
         row, offset = spot
         stop = self._cuts[offset]
-        elements(piece, box.vectors[row, offset:stop])
+        some = box.vectors[row, offset:stop]
+        elements(piece, some)
+        # A sum of squares is quicker, and may be infinite though all are finite.
+        finite = bool(np.isfinite(np.dot(some, some)) or np.isfinite(some).all())
         with self._lock:
+            box.finite = box.finite and finite
             box.missing -= 1
             return (pb.OUTCOME_UNSPECIFIED if box.missing else pb.OUTCOME_COMPLETE), ""
 

@@ -1,6 +1,5 @@
 """Where the weights go out: every committed vector, to all who listen, without being asked for."""
 
-import queue
 import threading
 from collections.abc import Iterator
 
@@ -42,7 +41,7 @@ class Outlet:
         self._job, self._segment, self._lo, self._hi = job, segment, lo, hi
         self._lock = threading.Lock()
         self._newest: Messages | None = None
-        self._listeners: set[queue.SimpleQueue[Messages | None]] = set()
+        self._listeners: set[Listening] = set()
         self._closed = False
 
     def publish(self, vector: Array, step: int, *, best: bool = False) -> None:
@@ -67,7 +66,7 @@ class Outlet:
         with self._lock:
             self._newest = messages
             for listener in self._listeners:
-                listener.put(messages)
+                listener.hear(messages)
         for place, some in places:
             messages.add(encode(place, some))
 
@@ -76,43 +75,59 @@ class Outlet:
         with self._lock:
             listening = Listening(self)
             if self._newest is not None:
-                listening.queue.put(self._newest)
+                listening.hear(self._newest)
             if self._closed:
-                listening.queue.put(None)
-            self._listeners.add(listening.queue)
+                listening.end()
+            self._listeners.add(listening)
             return listening
 
-    def leave(self, listener: "queue.SimpleQueue[Messages | None]") -> None:
+    def leave(self, listener: "Listening") -> None:
         """Hand out nothing to it any more."""
         with self._lock:
             self._listeners.discard(listener)
-        listener.put(None)
 
     def close(self) -> None:
-        """Nothing more is handed out."""
+        """Nothing more is handed out, once what was handed out is gone."""
         with self._lock:
             self._closed = True
             for listener in self._listeners:
-                listener.put(None)
+                listener.end()
 
 
 class Listening:
-    """The chunks of one vector after the other, as long as there are any."""
+    """The chunks of one vector after the other, as long as there are any.
+
+    Of who does not read nothing is kept but the vector on its way and the newest.
+    """
 
     def __init__(self, outlet: Outlet) -> None:
-        self.queue: queue.SimpleQueue[Messages | None] = queue.SimpleQueue()
         self._outlet = outlet
+        self._next: Messages | None = None
+        self._ended = False
+        self._changed = threading.Condition()
+
+    def hear(self, messages: Messages) -> None:
+        """The newest vector; nobody needs one that it overtakes."""
+        with self._changed:
+            self._next = messages
+            self._changed.notify()
+
+    def end(self) -> None:
+        """There is no more to hear."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
 
     def stop(self) -> None:
         """From any thread: end it."""
-        self._outlet.leave(self.queue)
+        self._outlet.leave(self)
+        self.end()
 
     def __iter__(self) -> Iterator[bytes]:
-        while (messages := self.queue.get()) is not None:
-            while not self.queue.empty():
-                # Nobody needs what has been overtaken.
-                newer = self.queue.get()
-                if newer is None:
-                    return
-                messages = newer
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next is not None or self._ended)
+                messages, self._next = self._next, None
+            if messages is None:
+                return
             yield from messages

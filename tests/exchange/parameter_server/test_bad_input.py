@@ -9,17 +9,22 @@ import grpc
 import numpy as np
 import pytest
 
-from dptrain.exchange.parameter_server.client import Client
-from dptrain.exchange.parameter_server.codec import encode
+from dptrain.errors import NonFiniteError
+from dptrain.exchange.parameter_server.client import Client, Stub
+from dptrain.exchange.parameter_server.codec import decode_pull, encode
+from dptrain.exchange.parameter_server.hub import Hub
+from dptrain.exchange.parameter_server.outlet import Outlet
 from dptrain.exchange.parameter_server.service import METHODS, SERVICE
+from dptrain.job.load import check, complete
 from dptrain.nn.accumulate import Partials
+from dptrain.training import run
 from dptrain.v1 import parameter_server_pb2 as pb
 from dptrain.wire.address import parse
 from dptrain.wire.channel import connect
 from dptrain.wire.security import Calling, Serving
 from dptrain.wire.tokens import Role, TokenFile, fresh
 from tests.exchange.parameter_server.running import Cluster
-from tests.exchange.parameter_server.test_run import job
+from tests.exchange.parameter_server.test_run import CONTENT, job
 
 Spoil = Callable[[pb.PushRequest], bytes]
 
@@ -174,7 +179,9 @@ def test_messages_that_are_none_too_large_or_compressed(solo: str, tmp_path: Pat
             assert sent(channel, method, malformed) is grpc.StatusCode.INVALID_ARGUMENT
             assert sent(channel, method, bytes(64 << 20)) is grpc.StatusCode.RESOURCE_EXHAUSTED
             gzip = grpc.Compression.Gzip
-            assert sent(channel, method, bytes(4 << 20), compression=gzip) is grpc.StatusCode.UNIMPLEMENTED
+            # The last is small on the wire: a bomb.
+            size = 64 << 20 if method == "Push" else 4 << 20
+            assert sent(channel, method, bytes(size), compression=gzip) is grpc.StatusCode.UNIMPLEMENTED
 
     assert attacked(tmp_path, attack) == solo
 
@@ -211,6 +218,98 @@ def test_clients_that_vanish_or_never_read(solo: str, tmp_path: Path) -> None:
             next(iter(left))
 
     assert attacked(tmp_path, attack) == solo
+
+
+def test_of_who_never_reads_nothing_is_kept_but_the_newest_weights() -> None:
+    outlet = Outlet(1, 0, 0, 4)
+    with_nothing, late = outlet.listen(), None
+    for step in range(100):
+        outlet.publish(np.full(4, step, np.float32), step)
+        late = late or outlet.listen()
+    outlet.close()
+    for listening in (with_nothing, late, outlet.listen()):
+        assert listening is not None
+        assert [decode_pull(message).place.step for message in listening] == [99]
+
+
+def test_a_member_that_never_reads_its_weights(solo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has joined as a worker does; it never asks for work either."""
+    identity: dict[str, str] = {}
+    admit = Hub.admit
+
+    def noted(self: Hub, mine: dict[str, str], *others: Any) -> None:
+        identity.update(mine)
+        admit(self, mine, *others)
+
+    monkeypatch.setattr(Hub, "admit", noted)
+    held: list[Any] = []
+
+    class Joins(Client):
+        """A worker that lets another join before its own first step."""
+
+        def _push(self, task: pb.Compute, partials: Partials) -> None:
+            if not held:
+                channel = connect(parse(cluster.address))
+                stub = Stub(channel)
+                request = pb.JoinRequest(
+                    job_sha256=identity["job"], data_digest=identity["data"], fingerprint=identity["fingerprint"]
+                )
+                membership = stub.join(request, timeout=20).membership
+                asked = pb.PullRequest(membership=membership).SerializeToString()
+                held.extend([channel, raw(channel, "Pull")(iter([asked]))])
+            super()._push(task, partials)
+
+    monkeypatch.setattr("dptrain.exchange.parameter_server.client.Client", Joins)
+    cluster = Cluster(job(), tmp_path)
+    try:
+        assert cluster.train(1).weights_sha256 == solo
+    finally:
+        held[0].close()
+    assert cluster.codes == [0]
+
+
+class Poisonous(Client):
+    """Worker 2 sends NaN, or an infinite number, or a loss that is NaN, at three of the steps."""
+
+    def _push(self, task: pb.Compute, partials: Partials) -> None:
+        if self._membership.worker == 2:
+            vectors = np.asarray(partials.vectors)
+            if task.step == 2:
+                vectors[-1, 5] = np.nan
+            elif task.step == 3:
+                vectors[0] = np.inf
+            elif task.step == 4:
+                partials.tallies[0, 1] = np.nan
+        super()._push(task, partials)
+
+
+@pytest.mark.parametrize("bad", [2, 3, 4])
+def test_gradients_with_nan_of_a_worker_are_computed_by_another(
+    bad: int, solo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    class Once(Poisonous):
+        def _push(self, task: pb.Compute, partials: Partials) -> None:
+            if task.step == bad and self._membership.worker == 2:
+                seen.append(task.lease)
+                return super()._push(task, partials)
+            return Client._push(self, task, partials)
+
+    monkeypatch.setattr("dptrain.exchange.parameter_server.client.Client", Once)
+    cluster = Cluster(job(), tmp_path)
+    assert cluster.train(2).weights_sha256 == solo
+    assert cluster.codes == [0, 0]
+    assert seen
+
+
+def test_a_job_whose_gradients_are_not_finite_fails_as_it_does_alone(tmp_path: Path) -> None:
+    it = complete(check({**CONTENT, "optimizer": {"lr": 1e38}}, ""))
+    with pytest.raises(NonFiniteError) as alone:
+        run(it, run_dir=tmp_path / "solo")
+    with pytest.raises(NonFiniteError) as served:
+        Cluster(it, tmp_path).train(2)
+    assert str(served.value) == str(alone.value)
 
 
 @pytest.mark.parametrize("method", METHODS)
