@@ -13,6 +13,7 @@ from dptrain.errors import StorageError, UsageError
 
 JOB, JOURNAL, CHECKPOINTS, RESULT = "job.toml", "journal.jsonl", "checkpoints", "result.json"
 WEIGHTS, ENCODING, MODEL_SOURCE = "weights.safetensors", "encoding.json", "model.py"
+RESTARTS = "restarts.jsonl"
 
 
 def fresh(runs: Path, name: str) -> Path:

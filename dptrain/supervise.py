@@ -4,6 +4,7 @@ It believes result.json, never the launcher's code. An error of the job is no fa
 """
 
 import contextlib
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -91,7 +92,16 @@ class _Supervisor:
         pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** (restart - 1))
         place = "from the beginning" if self.run_dir is None else f"from step {newest}"
         self.tell(f"{cause}: starting again {place} in {pause:g} s (restart {restart} of {self.max_restarts})")
+        self._write_down({"time": round(time.time(), 3), "cause": cause, "step": newest, "restart": restart})
         return pause
+
+    def _write_down(self, line: dict[str, object]) -> None:
+        """Have whoever looks at the run know that it is started again; a full disk must not end the job."""
+        from dptrain import rundir
+
+        if self.run_dir is not None:
+            with contextlib.suppress(OSError), (self.run_dir / rundir.RESTARTS).open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def _lost(self, expected: str, found: str, cure: str) -> WorkerLost:
         causes = "; ".join(f"({number}) {cause}" for number, cause in enumerate(self.causes, 1))

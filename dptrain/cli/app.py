@@ -68,6 +68,15 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest go
 Progress = Annotated[
     Watch, typer.Option("--progress", envvar="DPTRAIN_PROGRESS", help="A bar, plain lines, or the end alone.")
 ]
+RunOrJob = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|JOB",
+        help="The directory of a run, or a job of a server.",
+        autocompletion=service.complete_job,
+        show_default=False,
+    ),
+]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
 
 
@@ -263,29 +272,47 @@ def predict(
 
 @app.command(epilog="Example: [bold]dptrain export runs/digits --format onnx --out digits.onnx[/]")
 def export(
-    run: RunDir,
+    run: RunOrJob,
     kind: Annotated[Kind, typer.Option("--format", help="onnx needs the extra of that name.")],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Default: model.safetensors or model.onnx in the run.")
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Default: model.safetensors or model.onnx in the run; for a job here."
+        ),
     ] = None,
+    server: service.Server = None,
+    token_file: service.TokenFile = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Write a run's model to one file that other programs read: from raw features to outputs."""
-    from dptrain.export import export
+    from dptrain.cli import brought
+    from dptrain.export import SUFFIXES, export
 
-    print(export(run, kind.value, out))
+    with brought.runs([run], server, token_file, tls_ca, brought.model) as [home]:
+        here = None if home == Path(run) else Path(f"model{SUFFIXES[kind]}")
+        print(export(home, kind.value, out or here))
 
 
 @app.command(
     epilog="Example: [bold]dptrain compare runs/a runs/b --json[/]",
 )
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Directories of runs.", show_default=False)],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN RUN...", help="Directories of runs, or jobs of a server.", show_default=False),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    output: service.Form = service.Output.table,
+    server: service.Server = None,
+    token_file: service.TokenFile = None,
+    tls_ca: access.TlsCa = None,
 ) -> None:
     """Say in what runs differ: the job's keys, figures, bits, speed; and draw their curves."""
+    from dptrain.cli import brought
     from dptrain.cli.compare import show
 
-    show(runs, as_json)
+    with brought.runs(runs, server, token_file, tls_ca, brought.story) as homes:
+        show(homes, as_json or output is service.Output.json)
 
 
 @app.command(epilog="Example: [bold]dptrain page runs --listen 127.0.0.1:8470[/]")

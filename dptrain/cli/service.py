@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the job failed or was cancelled, 2 usage or a bad job, 3 t
 detached from a job that goes on.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class Output(StrEnum):
     json = "json"
 
 
-def _complete_job(incomplete: str) -> list[tuple[str, str]]:
+def complete_job(incomplete: str) -> list[tuple[str, str]]:
     """Jobs that begin so, for a shell; none where there is no server."""
     from dptrain.service.client import Client
     from dptrain.wire.limits import Patience
@@ -57,7 +58,7 @@ Form = Annotated[Output, typer.Option("-o", "--output", help="A table, or JSON."
 JobId = Annotated[
     str,
     typer.Argument(
-        metavar="JOB", help="An ID, the beginning of one, or @latest.", autocompletion=_complete_job, show_default=False
+        metavar="JOB", help="An ID, the beginning of one, or @latest.", autocompletion=complete_job, show_default=False
     ),
 ]
 
@@ -315,13 +316,17 @@ def retry(
 
 def delete(
     job: JobId,
+    output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
     tls_ca: access.TlsCa = None,
 ) -> None:
     """Remove a job that has ended, with all of its files."""
     with connected(server, token_file, tls_ca) as client:
-        client.delete(client.job(job).id)
+        found = client.job(job).id
+        client.delete(found)
+        if output is Output.json:
+            print(json.dumps({"id": found}))
 
 
 def metrics(
@@ -351,6 +356,7 @@ def download(
     to: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="Default: ./JOB", show_default=False)] = None,
     path: Annotated[str, typer.Option("--path", help="One file of the run. Default: all but checkpoints.")] = "",
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Checkpoints too.")] = False,
+    output: Form = Output.table,
     server: Server = None,
     token_file: TokenFile = None,
     tls_ca: access.TlsCa = None,
@@ -363,7 +369,7 @@ def download(
             client.download(found, path, target / Path(path).name)
         else:
             client.download_run(found, target, checkpoints=checkpoints)
-        print(target)
+        print(json.dumps({"id": found, "path": str(target)}) if output is Output.json else target)
 
 
 def upload(

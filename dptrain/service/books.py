@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from dptrain import rundir
 from dptrain.errors import UsageError
 
 T = TypeVar("T")
@@ -125,6 +126,11 @@ class Progress:
             self.loss = float(line["loss"])
         self.samples_per_second = float(line.get("samples_per_second") or 0.0)
         self.metrics = dict(line.get("metrics") or self.metrics)
+
+
+def restarts(run_dir: Path) -> list[dict[str, Any]]:
+    """How often a run's supervisor has started its workers again: the cause and the step of each."""
+    return [line for _, line in read(run_dir / rundir.RESTARTS, 0).lines]
 
 
 class Journals:

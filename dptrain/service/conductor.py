@@ -15,7 +15,7 @@ from typing import Any
 
 from dptrain.errors import DptrainError, NotFoundError, RefusedTransition
 from dptrain.service import below, books, keeper, runner, scheduler, verbs
-from dptrain.service.model import ENDED, LIVE, WAITING, Job, Reason, State
+from dptrain.service.model import ENDED, Job, Reason, State
 from dptrain.service.nodes import NodeState
 from dptrain.service.runner import Alive, Runner
 from dptrain.service.scheduler import Kept, Running, Waiting
@@ -25,6 +25,9 @@ Tell = Callable[..., None]
 
 SOON = 0.05
 """Seconds between looks at a launch that has not begun to train yet, or whose keeper can't be found yet."""
+
+SEEN = 0.5
+"""Seconds between looks whether a supervisor starts its job again."""
 
 RETENTION_SECONDS = 60.0
 """Seconds between looks at what has outlived its time."""
@@ -78,7 +81,7 @@ class Conductor:
             self._remove(job_id)
         for job in self.store.active():
             self._jobs[job.id] = job
-            if job.state in LIVE:
+            if job.live:
                 self.tell("job found again", job=job.id, state=job.state.name, launch=job.launch)
                 if self._nodes is not None:
                     self._placed[job.id] = self.runner.placed(job.id)
@@ -115,13 +118,13 @@ class Conductor:
 
     def free_of(self, name: str, slots: int) -> int:
         """How many of a node's slots are free."""
-        live = [job.id for job in list(self._jobs.values()) if job.state in LIVE]
+        live = [job.id for job in list(self._jobs.values()) if job.live]
         return slots - sum(self._placed.get(job_id, {}).get(name, 0) for job_id in live)
 
     @property
     def free(self) -> int:
         """How many slots are free."""
-        return self.slots - sum(job.workers for job in list(self._jobs.values()) if job.state in LIVE)
+        return self.slots - sum(job.workers for job in list(self._jobs.values()) if job.live)
 
     def running(self) -> list[str]:
         """The jobs that train now."""
@@ -129,7 +132,7 @@ class Conductor:
 
     def why(self, job: Job) -> tuple[Reason, str]:
         """Why a job is in its state: of one that waits, what the scheduler last said."""
-        if job.state not in WAITING:
+        if not job.waits:
             return job.reason, job.message
         reason, message = self.reasons.get(job.id, (Reason.UNSPECIFIED, ""))
         if reason is Reason.BACK_OFF:
@@ -183,18 +186,33 @@ class Conductor:
     def _observe(self) -> None:
         """Look at everything that holds slots."""
         now = time.time()
-        for job in [job for job in self._jobs.values() if job.state in LIVE]:
+        for job in [job for job in self._jobs.values() if job.live]:
             alive = self._alive.get(job.id)
             if alive is None or alive.handle < 0 or _readable(alive.handle):
                 self._look(job)
                 continue
             if job.state is State.STARTING and self.runner.trains(job.id, job.launch):
                 self._change(job.id, lambda job: verbs.running(job) if job.state is State.STARTING else job)
+            if job.state in (State.RUNNING, State.RECOVERING):
+                self._see(job)
             spent = job.trained + now - job.started
             if job.state is not State.CANCELLING and 0 < job.spec.max_seconds < spent:
                 self._change(job.id, lambda job: verbs.too_long(job, now, scheduler.BACK_OFF * 30))
             if job.state in (State.PAUSING, State.CANCELLING):
                 self._ask(job, alive, now)
+
+    def _see(self, job: Job) -> None:
+        """See whether a job that trains is being started again by its supervisor, or trains again."""
+        restart = self.runner.restart(job.id, job.launch)
+        if (restart is not None) == (job.state is State.RECOVERING):
+            return
+
+        def decide(now: Job) -> Job:
+            if now.state is not job.state or now.launch != job.launch:
+                return now
+            return verbs.running(now) if restart is None else verbs.restarting(now, restart)
+
+        self._change(job.id, decide)
 
     def _ask(self, job: Job, alive: Alive, now: float) -> None:
         kill = 0 < job.kill_at <= now
@@ -214,7 +232,7 @@ class Conductor:
         launch = job.launch
 
         def decide(job: Job) -> Job:
-            if job.launch != launch or job.state not in LIVE:
+            if job.launch != launch or not job.live:
                 return job
             return verbs.ended(job, sight, done=done, newest=newest, said=said, now=time.time())
 
@@ -231,8 +249,8 @@ class Conductor:
         self._moved = False
         self._move(now)
         jobs = list(self._jobs.values())
-        waiting = [_waiting(job) for job in jobs if job.state in WAITING]
-        found = scheduler.plan(waiting, [_running(job) for job in jobs if job.state in LIVE], self.slots, now)
+        waiting = [_waiting(job) for job in jobs if job.waits]
+        found = scheduler.plan(waiting, [_running(job) for job in jobs if job.live], self.slots, now)
         self.reasons = dict(found.reasons)
         self._plan_wake = found.wake
         for job_id, workers in found.starts.items():
@@ -265,7 +283,7 @@ class Conductor:
                 return
 
         def decide(job: Job) -> Job:
-            return verbs.starting(job, time.time(), workers) if job.state in WAITING else job
+            return verbs.starting(job, time.time(), workers) if job.waits else job
 
         job = self._change(job_id, decide)
         if job is None or job.state is not State.STARTING:
@@ -329,10 +347,12 @@ class Conductor:
         now = time.time()
         until = [now + RETENTION_SECONDS]
         for job in self._jobs.values():
-            if job.state in LIVE:
+            if job.live:
                 alive = self._alive.get(job.id)
                 if alive is None or alive.handle < 0 or job.state is State.STARTING:
                     until.append(now + SOON)
+                if job.state in (State.RUNNING, State.RECOVERING):
+                    until.append(now + SEEN)
                 if job.kill_at and self._asked.get(job.id) != (job.launch, True):
                     until.append(job.kill_at)
                 if job.spec.max_seconds and job.state is not State.CANCELLING:

@@ -8,7 +8,7 @@ import grpc
 
 from dptrain import rundir
 from dptrain.errors import UnreachableError
-from dptrain.service import convert, keeper
+from dptrain.service import books, convert, keeper
 from dptrain.service.books import Journals, Watched
 from dptrain.service.conductor import Conductor
 from dptrain.service.model import Job, State
@@ -52,7 +52,9 @@ class Desk:
         """How far a job is."""
         found = self.journals.progress(self.journal(job.id))
         text = job.spec.run_toml or self.store.get(job.id).spec.run_toml
-        return convert.progress(found, convert.total_steps(text, found), job.state is State.RUNNING)
+        message = convert.progress(found, convert.total_steps(text, found), job.state is State.RUNNING)
+        message.recoveries += len(books.restarts(self.runner.run_dir(job.id)))
+        return message
 
     def journal(self, job_id: str) -> Path:
         """The journal of a job's run."""

@@ -42,24 +42,21 @@ class Reason(IntEnum):
     STOPPED_FROM_OUTSIDE = 12
 
 
-WAITING = frozenset({State.QUEUED, State.RECOVERING})
-"""Waits for slots."""
-
-LIVE = frozenset({State.STARTING, State.RUNNING, State.PAUSING, State.CANCELLING})
-"""Holds slots: its supervisor may be there."""
+_LIVE = frozenset({State.STARTING, State.RUNNING, State.PAUSING, State.CANCELLING})
 
 ENDED = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
 """Nothing happens any more by itself."""
 
+_STOPS = {State.PAUSING, State.CANCELLING}
 _ENDS = {State.SUCCEEDED, State.FAILED, State.RECOVERING}
 
 TRANSITIONS: Mapping[State, frozenset[State]] = {
     State.QUEUED: frozenset({State.STARTING, State.PAUSED, State.CANCELLED, State.FAILED}),
-    State.STARTING: frozenset({State.RUNNING, State.PAUSING, State.CANCELLING, State.QUEUED, *_ENDS}),
-    State.RUNNING: frozenset({State.PAUSING, State.CANCELLING, *_ENDS}),
+    State.STARTING: frozenset({State.RUNNING, State.QUEUED, *_STOPS, *_ENDS}),
+    State.RUNNING: frozenset({*_STOPS, *_ENDS}),
     State.PAUSING: frozenset({State.PAUSED, State.QUEUED, State.CANCELLING, State.SUCCEEDED, State.FAILED}),
     State.PAUSED: frozenset({State.QUEUED, State.CANCELLED}),
-    State.RECOVERING: frozenset({State.STARTING, State.PAUSED, State.CANCELLED, State.FAILED}),
+    State.RECOVERING: frozenset({State.STARTING, State.RUNNING, State.PAUSED, State.CANCELLED, *_STOPS, *_ENDS}),
     State.CANCELLING: frozenset({State.CANCELLED, State.SUCCEEDED, State.FAILED}),
     State.SUCCEEDED: frozenset(),
     State.FAILED: frozenset({State.QUEUED}),
@@ -116,6 +113,16 @@ class Job:
     kill_at: float = 0.0
     trained: float = 0.0
     exit_code: int | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether it holds slots: its supervisor may be there. One that recovers does as long as that one lives."""
+        return self.state in _LIVE or (self.state is State.RECOVERING and self.workers > 0)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for slots."""
+        return self.state is State.QUEUED or (self.state is State.RECOVERING and not self.workers)
 
     def to(self, state: State, reason: Reason = Reason.UNSPECIFIED, message: str = "", **changes: Any) -> "Job":
         """The job in another state. Raises RefusedTransition where that may not follow."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dptrain import hosts, rundir
 from dptrain.errors import StorageError, UsageError
 from dptrain.processes import end_session, opened, process
-from dptrain.service import keeper
+from dptrain.service import books, keeper
 from dptrain.service.model import Job
 
 RUN, JOB_FILE, MODEL, HOSTS = "run", "job.toml", "model.py", "hosts"
@@ -188,6 +188,16 @@ class Runner:
         with contextlib.suppress(OSError):
             return began > 0 and (self.run_dir(job_id) / rundir.ENCODING).stat().st_mtime >= began
         return False
+
+    def restart(self, job_id: str, launch: int) -> str | None:
+        """Why a launch's supervisor starts its workers again, and from where; None where they train."""
+        run = self.run_dir(job_id)
+        with contextlib.suppress(OSError):
+            since = (run / rundir.RESTARTS).stat().st_mtime
+            if since > (run / rundir.ENCODING).stat().st_mtime and since >= self.began(job_id, launch):
+                found = books.restarts(run)
+                return f"{found[-1]['cause']}; goes on from step {found[-1]['step']}" if found else "a fault"
+        return None
 
     def done(self, job_id: str) -> bool:
         """Whether a job's run has come to its end by its own rule."""

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from dptrain.service.model import ENDED, LIVE, Job, Reason, State, refused
+from dptrain.service.model import ENDED, Job, Reason, State, refused
 from dptrain.service.runner import Ended, Lost, NeverBegun
 from dptrain.service.scheduler import back_off
 
@@ -18,7 +18,7 @@ def cancel(job: Job, now: float, grace: float) -> Job:
     """End a job; one that runs is given ``grace`` seconds. Raises RefusedTransition for one that has ended."""
     if job.state in ENDED:
         raise refused(job, "to be cancelled", "it has ended; `dptrain retry` queues a failed or cancelled job again")
-    if job.state in LIVE:
+    if job.live:
         kill_at = now + grace
         if job.state is State.CANCELLING:
             return replace(job, kill_at=min(job.kill_at, kill_at))
@@ -32,7 +32,7 @@ def pause(job: Job, now: float) -> Job:
         return job
     if job.state is State.PAUSING:
         return replace(job, reason=Reason.REQUESTED, message="writes a checkpoint and pauses")
-    if job.state in (State.STARTING, State.RUNNING):
+    if job.live and job.state is not State.CANCELLING:
         kill_at = now + PAUSE_SECONDS
         return job.to(State.PAUSING, Reason.REQUESTED, "writes a checkpoint and pauses", kill_at=kill_at)
     return job.to(State.PAUSED, Reason.REQUESTED, "paused on request", workers=0)
@@ -85,6 +85,11 @@ def starting(job: Job, now: float, workers: int) -> Job:
 def running(job: Job) -> Job:
     """A job whose launch has come so far as to train."""
     return job.to(State.RUNNING, message=f"trains with {job.workers} worker{'s' if job.workers > 1 else ''}")
+
+
+def restarting(job: Job, cause: str) -> Job:
+    """A job whose supervisor starts its workers again; it keeps its slots."""
+    return job.to(State.RECOVERING, Reason.WORKERS_LOST, cause)
 
 
 def ended(job: Job, sight: Ended | Lost | NeverBegun, *, done: bool, newest: int, said: str, now: float) -> Job:

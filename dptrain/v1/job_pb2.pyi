@@ -40,7 +40,9 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     JOB_STATE_PAUSED: _JobState.ValueType  # 5
     """It holds no slots and waits for ResumeJob."""
     JOB_STATE_RECOVERING: _JobState.ValueType  # 6
-    """Its supervisor died, or its workers were lost for good; it starts again from its newest checkpoint."""
+    """Workers were lost, and its supervisor starts them again from the newest checkpoint; or the supervisor itself was
+    lost, and it waits for its next start (then it holds no slots, and workers is 0).
+    """
     JOB_STATE_CANCELLING: _JobState.ValueType  # 7
     """It is being ended, within the grace that was asked for."""
     JOB_STATE_SUCCEEDED: _JobState.ValueType  # 8
@@ -66,7 +68,9 @@ JOB_STATE_PAUSING: JobState.ValueType  # 4
 JOB_STATE_PAUSED: JobState.ValueType  # 5
 """It holds no slots and waits for ResumeJob."""
 JOB_STATE_RECOVERING: JobState.ValueType  # 6
-"""Its supervisor died, or its workers were lost for good; it starts again from its newest checkpoint."""
+"""Workers were lost, and its supervisor starts them again from the newest checkpoint; or the supervisor itself was
+lost, and it waits for its next start (then it holds no slots, and workers is 0).
+"""
 JOB_STATE_CANCELLING: JobState.ValueType  # 7
 """It is being ended, within the grace that was asked for."""
 JOB_STATE_SUCCEEDED: JobState.ValueType  # 8
@@ -298,7 +302,7 @@ class JobProgress(_message.Message):
     samples_per_second: _builtins.float
     """Samples a second in the last steps."""
     recoveries: _builtins.int
-    """How often workers died and the others went on."""
+    """How often workers died and the others went on, or the job's supervisor started them again."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """The metrics of the newest evaluation."""

@@ -72,7 +72,16 @@ def test_submit_follow_and_bring_home(dptrain: Run, tmp_path: Path) -> None:
     assert "loss" in dptrain("metrics", job).stdout
     assert dptrain("download", job, "home").stdout == "home\n"
     assert dptrain("eval", "home").returncode == 0
-    assert dptrain("delete", job).returncode == 0
+    compared = json.loads(dptrain("compare", "home", job[:6], "-o", "json").stdout)
+    assert (compared["same_weights"], compared["differences"].keys() <= {"data.max_bytes", "output.runs"}) == (
+        True,
+        True,
+    )
+    assert dptrain("export", "@latest", "--format", "safetensors").stdout == "model.safetensors\n"
+    assert (tmp_path / "model.safetensors").stat().st_size > 0
+    assert json.loads(dptrain("delete", job, "-o", "json").stdout) == {"id": job}
+    missing = dptrain("compare", "home", job)
+    assert (missing.returncode, "job" in missing.stderr) == (2, True)
     assert "operator (admin)" in dptrain("cluster").stdout
 
 

@@ -17,14 +17,14 @@ LOOPBACK = parse("127.0.0.1:0")
 @pytest.fixture(autouse=True)
 def childless() -> Iterator[None]:
     """No test leaves a process of this one's behind, not even one that has ended and was not waited for."""
-    before = children()
+    before = set(children(os.getpid()))
     yield
-    assert children() <= before
+    assert set(children(os.getpid())) <= before
 
 
-def children() -> set[int]:
-    """The processes that this one is to wait for."""
-    return {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+def children(parent: int) -> list[int]:
+    """The processes that a process is to wait for."""
+    return [int(pid) for path in Path(f"/proc/{parent}/task").glob("*/children") for pid in path.read_text().split()]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 JOB = """
@@ -26,9 +27,15 @@ LONG = JOB.replace("steps = 30", "steps = 100000").replace("[train]", "[output]\
 
 def solo_hash(folder: Path, text: str = JOB) -> str:
     """The weights' SHA-256 of `dptrain run` of a job by hand."""
-    (folder / "by-hand.toml").write_text(text)
-    environ = {name: value for name, value in os.environ.items() if name not in ("DPTRAIN_TOKEN", "DPTRAIN_SERVER")}
-    line = [sys.executable, "-m", "dptrain", "run", "by-hand.toml", "--run-dir", "by-hand", "--progress", "none"]
-    subprocess.run(line, cwd=folder, env=environ, check=True, capture_output=True, timeout=120)
-    found: str = json.loads((folder / "by-hand" / "result.json").read_text())["weights_sha256"]
+    found: str = json.loads((solo(folder, text) / "result.json").read_text())["weights_sha256"]
     return found
+
+
+def solo(folder: Path, text: str) -> Path:
+    """The run directory of `dptrain run` of a job by hand."""
+    inside = Path(tempfile.mkdtemp(prefix="by-hand-", dir=folder))
+    (inside / "job.toml").write_text(text)
+    environ = {name: value for name, value in os.environ.items() if name not in ("DPTRAIN_TOKEN", "DPTRAIN_SERVER")}
+    line = [sys.executable, "-m", "dptrain", "run", "job.toml", "--run-dir", "run", "--progress", "none"]
+    subprocess.run(line, cwd=inside, env=environ, check=True, capture_output=True, timeout=120)
+    return inside / "run"

@@ -1,5 +1,7 @@
 """Real jobs through a real server, over real sockets."""
 
+import itertools
+import json
 import os
 import select
 import signal
@@ -24,7 +26,7 @@ from dptrain.errors import (
     RefusedTransition,
     UsageError,
 )
-from dptrain.service import keeper
+from dptrain.service import keeper, scheduler
 from dptrain.service.client import Client
 from dptrain.service.model import State
 from dptrain.service.server import ROLES, TOKEN, TOKENS, JobServer
@@ -32,7 +34,8 @@ from dptrain.v1 import job_pb2, job_service_pb2, job_service_pb2_grpc, log_servi
 from dptrain.wire.channel import connect
 from dptrain.wire.security import Calling
 from dptrain.wire.tokens import Role, TokenFile
-from tests.service.jobs import JOB, LONG, solo_hash
+from tests.service.conftest import children
+from tests.service.jobs import JOB, LONG, solo, solo_hash
 
 
 def write(tmp_path: Path, text: str = JOB, name: str = "job.toml") -> Path:
@@ -55,6 +58,29 @@ def until(client: Client, job: str, *states: State, steps: int = 0) -> job_pb2.J
 def curve(stream: Iterable[metric_service_pb2.StreamMetricsResponse]) -> list[tuple[int, float]]:
     """The points of one curve."""
     return [(point.step, point.value) for message in stream for series in message.series for point in series.points]
+
+
+def stopped_with_the_bits_of_a_run_by_hand(client: Client, job: str, tmp_path: Path) -> job_pb2.Job:
+    """End a job that is LONG, and see that its checkpoint is what one process comes to in as many steps."""
+    client.cancel(job)
+    stopped = client.wait(job)
+    step = client.checkpoints(job)[0].step
+    name = Path("checkpoints") / f"step-{step:010}" / "manifest.json"
+    manifest = client.download(job, str(name), tmp_path / "manifest.json")
+    alone = solo(tmp_path, LONG.replace("steps = 100000", f"steps = {step}")) / name
+    assert json.loads(manifest.read_text())["sha256"] == json.loads(alone.read_text())["sha256"]
+    return stopped
+
+
+def worker(server: JobServer, job: str) -> int:
+    """The process of one of a job's workers."""
+    below = [keeper.begun(server.desk.runner.folder(job))[-1]["pid"]]
+    for pid in below:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"run" in line and b"-n" not in line:
+            return pid
+        below += children(pid)
+    raise AssertionError("no worker")
 
 
 def test_a_job_is_done_and_its_bits_are_those_of_a_run_by_hand(client: Client, tmp_path: Path) -> None:
@@ -141,22 +167,50 @@ def test_pause_resume_cancel_retry_and_the_bits_are_the_same(client: Client, tmp
     assert done.result.weights_sha256 == solo_hash(tmp_path, text)
 
 
-def test_a_supervisor_that_is_killed_is_started_again_from_its_checkpoint(
+def test_a_worker_and_a_supervisor_that_are_killed_are_started_again(
     client: Client, server: JobServer, tmp_path: Path
 ) -> None:
-    text = LONG.replace("steps = 100000", "steps = 3000")
-    job = client.submit(write(tmp_path, text))
+    job = client.submit(write(tmp_path, LONG), workers=2)
     until(client, job.id, State.RUNNING, steps=1)
+    # First a worker, which its own supervisor starts again.
+    os.kill(worker(server, job.id), signal.SIGKILL)
+    found = until(client, job.id, State.RECOVERING)
+    assert (found.workers, found.launches) == (2, 1)
+    assert "SIGKILL" in found.message
+    until(client, job.id, State.RUNNING)
     begun = keeper.begun(server.desk.runner.folder(job.id))[-1]
     handle = os.pidfd_open(begun["pid"])
     os.kill(begun["pid"], signal.SIGKILL)
     select.select([handle], [], [], 30)
     os.close(handle)
-    done = client.wait(job.id)
+    until(client, job.id, State.RECOVERING)
+    until(client, job.id, State.RUNNING)
+    stopped = stopped_with_the_bits_of_a_run_by_hand(client, job.id, tmp_path)
     states = [message.state for message in client.watch(job.id)]
-    assert State.RECOVERING in states
-    assert (done.state, done.launches) == (State.SUCCEEDED, 2)
-    assert done.result.weights_sha256 == solo_hash(tmp_path, text)
+    assert [a for a, b in itertools.pairwise(states) if b is not a].count(State.RECOVERING) == 2
+    assert (stopped.launches, stopped.progress.recoveries) == (2, 1)
+
+
+def test_a_job_with_a_range_gives_slots_to_others_and_takes_them_back(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "SETTLED", 0.0)
+    wide = client.submit(write(tmp_path, LONG), workers="1..2")
+    assert until(client, wide.id, State.RUNNING, steps=1).workers == 2
+    narrow = client.submit(write(tmp_path, JOB + '\n[exchange]\ntype = "ps"\n'))
+    done = client.wait(narrow.id)
+    assert done.state == State.SUCCEEDED
+    result = json.loads(client.download(narrow.id, "result.json", tmp_path / "result.json").read_text())
+    assert result["exchange"] == "ps"
+    assert done.result.weights_sha256 == solo_hash(tmp_path)
+    while client.job(wide.id).launches < 3:
+        until(client, wide.id, State.STARTING)
+    until(client, wide.id, State.RUNNING)
+    stopped = stopped_with_the_bits_of_a_run_by_hand(client, wide.id, tmp_path)
+    assert stopped.faults == 0
+    told = [message.message for message in client.watch(wide.id)]
+    trained = [text for text in told if text.startswith("trains with")]
+    assert trained == ["trains with 2 workers", "trains with 1 worker", "trains with 2 workers"]
 
 
 def test_jobs_go_on_without_a_server_and_are_found_again(
