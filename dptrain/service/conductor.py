@@ -238,7 +238,7 @@ class Conductor:
 
         after = self._change(job.id, decide)
         if after is not None and after.state in ENDED:
-            self.store.weigh(job.id, sum(found.size for found in below.walk(self.runner.folder(job.id))))
+            self._weigh(job.id)
 
     def _schedule(self) -> None:
         now = time.time()
@@ -330,11 +330,19 @@ class Conductor:
         if not any(self.keep) or now < self._next_retention:
             return
         self._next_retention = now + RETENTION_SECONDS
+        for job_id, _, size in self.store.ended() if self.keep[1] else ():
+            if not size:
+                # It ended while it was paused or queued, or the server did before it was weighed.
+                self._weigh(job_id)
         kept = [Kept(*row) for row in self.store.ended()]
         for job_id in scheduler.outlived(kept, now, *self.keep):
             with contextlib.suppress(NotFoundError, RefusedTransition):
                 self.store.remove(job_id, verbs.removable)
                 self.tell("job outlived", job=job_id)
+
+    def _weigh(self, job_id: str) -> None:
+        """Have the store know how many bytes a job's files take; at least one, or it would not seem to be known."""
+        self.store.weigh(job_id, max(1, sum(found.size for found in below.walk(self.runner.folder(job_id)))))
 
     def _remove(self, job_id: str) -> None:
         """Remove the files of a job that is marked so, then what is known of it."""

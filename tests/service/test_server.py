@@ -26,7 +26,7 @@ from dptrain.errors import (
     RefusedTransition,
     UsageError,
 )
-from dptrain.service import keeper, scheduler
+from dptrain.service import keeper, runner, scheduler
 from dptrain.service.client import Client
 from dptrain.service.model import State
 from dptrain.service.server import ROLES, TOKEN, TOKENS, JobServer
@@ -321,14 +321,26 @@ def test_bad_specs_are_refused(client: Client, spec: dict[str, object]) -> None:
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_code_runs_where_the_operator_says_so(
-    serve: Callable[..., JobServer], environ: dict[str, str], tmp_path: Path
+def test_code_runs_where_the_operator_says_so_and_within_the_limits(
+    serve: Callable[..., JobServer], environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = serve(allow_code=True)
-    source = Path(__file__).parent.parent.parent / "examples" / "own_model.py"
-    assert source.exists()
-    with Client(str(server.address), environ=environ) as client, pytest.raises(JobError, match="the system's"):
-        client.submit(write(tmp_path), environment={"LD_PRELOAD": "x"})
+    server = serve(allow_code=True, job_limits=runner.Limits(memory_bytes=400 << 20))
+    model = (Path(__file__).parents[2] / "examples/own_model.py").read_text()
+    (tmp_path / "m.py").write_text(model + '\nimport os\n\nassert os.environ["MINE"] == "x y; $(z)"\n')
+    text = JOB.replace('layers = [{ type = "linear", units = 10 }]', 'python = "m.py:build"')
+    large = JOB.replace("units = 10 }", 'units = 1000000 }, { type = "linear", units = 10 }')
+    mine = {"MINE": "x y; $(z)"}
+    with Client(str(server.address), environ=environ) as client:
+        with pytest.raises(JobError, match="the system's"):
+            client.submit(write(tmp_path), environment={"LD_PRELOAD": "x"})
+        first = client.submit(write(tmp_path, text), environment=mine)
+        second = client.submit(write(tmp_path, large))
+        done, failed = client.wait(first.id), client.wait(second.id)
+    assert done.state == State.SUCCEEDED, done.message
+    monkeypatch.setenv(*mine.popitem())
+    assert done.result.weights_sha256 == solo_hash(tmp_path, text.replace("m.py", str(tmp_path / "m.py")))
+    assert (failed.state, failed.reason, failed.launches) == (State.FAILED, job_pb2.JOB_REASON_JOB_ERROR, 1)
+    assert "room for one more array" in failed.message
 
 
 @pytest.mark.parametrize("name", ["two words", "a\nb", "$(reboot)", "'; --", "\x00\x1b[2J", "日本", "../x", "-n 9"])
