@@ -5,6 +5,7 @@ shards    what the number of shards costs in one worker
 bits      what promised bits cost at two workers
 exchange  the exchange alone, beside the installed MPI's reductions
 ps        a parameter server beside PyTorch DDP, its wire beside a bare gRPC stream
+links     what 16 bits a gradient save where links are slow, beside a parameter server; for root
 memory    memory of a machine as workers grow
 startup   from mpirun to the first step
 recovery  from the death of a worker to the next step, beside torchrun
@@ -29,6 +30,7 @@ from bench.comparisons import (
     recovery,
     service,
     sharding,
+    slow_links,
     startup,
     steps,
     survival,
@@ -42,6 +44,7 @@ WHAT = {
     "bits": sharding.bits,
     "exchange": exchange.main,
     "ps": parameter_server.main,
+    "links": slow_links.main,
     "memory": memory.main,
     "startup": startup.main,
     "recovery": recovery.main,
