@@ -2,11 +2,12 @@
 
 Each worker is of so many processes. It is to them what mpirun is to ranks: it starts them, starts a worker that was
 killed again for as long as a server lives, passes a request to stop on to the servers, and leaves with the last one's
-code. Of two servers the second stands by. With ``--nodes NAME:PROCESSES,...`` in place of the numbers there is one
+code. Of two servers the second stands by. With ``--nodes NAME:PROCESSES,... DATA`` in place of the numbers there is one
 server here, and a worker on each of these nodes of ``dptrain serve --agents``.
 """
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -127,8 +128,8 @@ def here(workers: int, processes: int, servers: int, arguments: Sequence[str]) -
     return Crew(lines, [worker] * workers)
 
 
-def over_nodes(nodes: str, arguments: Sequence[str]) -> Crew:
-    """A server here that only workers of this crew's may join, and a worker on each node."""
+def over_nodes(nodes: str, data: str, arguments: Sequence[str]) -> Crew:
+    """A server here that only workers of this crew's may join, and a worker on each node, which is sent the data."""
     from dptrain.rsh import NODES, access
     from dptrain.wire.tokens import Role, TokenFile
 
@@ -155,6 +156,7 @@ def over_nodes(nodes: str, arguments: Sequence[str]) -> Crew:
     for node in nodes.split(","):
         name, _, processes = node.rpartition(":")
         workers.append([program, name, "dptrain", "worker", "--port", str(port), "--processes", processes])
+        workers[-1] += ["--data", shlex.quote(data)] if data else []
     return Crew([line], workers, {"DPTRAIN_TOKEN": token})
 
 
@@ -164,7 +166,7 @@ def _family(host: str) -> socket.AddressFamily:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--nodes":
-        crew = over_nodes(sys.argv[2], sys.argv[3:])
+        crew = over_nodes(sys.argv[2], sys.argv[3], sys.argv[4:])
     else:
         crew = here(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
     sys.exit(crew.run())

@@ -277,9 +277,12 @@ def crew(n: int, servers: int, argv: Sequence[str], *, together: bool) -> list[s
     return [sys.executable, "-P", "-m", "dptrain.crew", str(workers), str(processes), str(servers), *argv]
 
 
-def crew_over_nodes(nodes: Sequence[Host], argv: Sequence[str]) -> list[str]:
-    """The command line that starts a parameter server here and a worker on each of a server's nodes, without MPI."""
-    return [sys.executable, "-P", "-m", "dptrain.crew", "--nodes", listed(nodes), *argv]
+def crew_over_nodes(nodes: Sequence[Host], data: str, argv: Sequence[str]) -> list[str]:
+    """The command line that starts a parameter server here and a worker on each of a server's nodes, without MPI.
+
+    ``data``: the file or folder that nodes are given; "" for none.
+    """
+    return [sys.executable, "-P", "-m", "dptrain.crew", "--nodes", listed(nodes), data, *argv]
 
 
 def needs(name: str, n: int) -> dict[str, str]:

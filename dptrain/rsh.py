@@ -47,7 +47,8 @@ def parsed(line: str) -> dict[str, object] | None:
     if words[:2] == ["dptrain", "worker"]:
         said = dict(zip(words[2::2], words[3::2], strict=False))
         try:
-            return {"port": int(said["--port"]), "processes": int(said["--processes"])}
+            data = {"data": said["--data"]} if "--data" in said else {}
+            return {"port": int(said["--port"]), "processes": int(said["--processes"]), **data}
         except (KeyError, ValueError):
             return None
     if not words or os.path.basename(words[0]) not in PROGRAMS:

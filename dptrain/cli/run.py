@@ -134,7 +134,8 @@ def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
     n, environ = request.n, dict(os.environ)
     assert n is not None
     # A wrong key is told here, once, before anything is started.
-    exchange = load_job(job_path(request.job), request.sets, environ).exchange
+    job = load_job(job_path(request.job), request.sets, environ)
+    exchange = job.exchange
     servers = 0 if exchange.type != "ps" else 1 + exchange.standby
     if servers and hosts and (NODES not in environ or servers > 1):
         standby = NODES in environ
@@ -146,6 +147,8 @@ def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
             if standby
             else "start `dptrain param-server` and, on each host, `dptrain worker --server ADDRESS`",
         )
+    source = Path(job.directory, job.data.source).resolve()
+    data = str(source) if source.exists() else ""
     mode = request.progress if request.progress != "auto" else "plain" if width is None else "bar"
     environ["DPTRAIN_PROGRESS"] = mode
     if request.hostfile is not None:
@@ -171,7 +174,7 @@ def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
         first, started = not started, True
         said = environ if run_dir is None else keyless
         if servers and hosts:
-            return Start(launch.crew_over_nodes(spread(n, hosts), again.argv()[1:]), said, servers)
+            return Start(launch.crew_over_nodes(spread(n, hosts), data, again.argv()[1:]), said, servers)
         if servers:
             return Start(launch.crew(n, servers, again.argv()[1:], together=exchange.host_sum), said, servers)
         if not hosts:

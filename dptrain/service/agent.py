@@ -95,11 +95,11 @@ class Agent:
         """One connection, from its beginning to its end; True where it was cut off without a word."""
         with contextlib.closing(connect(self._server, self._calling, patience=self._patience)) as channel:
             agree(channel, self._server, self._patience)
-            self._stream = stream = _Stream(self._registration, self._server, self._calling.tls)
+            self._stream = stream = _Stream(channel, self._registration, self._server, self._calling.tls)
             if self._asked.is_set():
                 return False
             try:
-                stream.go(channel, self._server)
+                stream.go()
             finally:
                 self._stream = None
                 stream.end()
@@ -117,24 +117,26 @@ class Agent:
 class _Stream:
     """One stream to the server."""
 
-    def __init__(self, said: pb.Registration, server: Address, tls: ClientTls | None) -> None:
+    def __init__(self, channel: grpc.Channel, said: pb.Registration, server: Address, tls: ClientTls | None) -> None:
+        self._stub, self._server = agent_service_pb2_grpc.AgentServiceStub(channel), server
         self._registration = said
         self._said: queue.SimpleQueue[pb.ServeRequest | None] = queue.SimpleQueue()
         self._said.put(pb.ServeRequest(registration=said))
         self._ended = threading.Event()
         self._leaves = False
         self._call: grpc.Call | None = None
-        self.daemons = Daemons(self._said.put, server, said.address, os.environ, None if tls is None else tls.ca)
+        self.daemons = Daemons(
+            self._said.put, server, said.address, os.environ, self._fetch, None if tls is None else tls.ca
+        )
 
-    def go(self, channel: grpc.Channel, server: Address) -> None:
+    def go(self) -> None:
         """Until the server ends it, or this node leaves. Raises DptrainError."""
-        stub = agent_service_pb2_grpc.AgentServiceStub(channel)
-        call = stub.Serve(self._requests())
+        call = self._stub.Serve(self._requests())
         self._call = call
         try:
-            with told(server):
+            with told(self._server):
                 for message in call:
-                    self._hear(message, server)
+                    self._hear(message)
         except DptrainError:
             if not self._leaves:
                 raise
@@ -155,15 +157,21 @@ class _Stream:
         if self._call is not None:
             self._call.cancel()
 
+    def _fetch(self, digest: str) -> Iterator[bytes]:
+        """A file of a job's data. Raises DptrainError."""
+        with told(self._server):
+            for part in self._stub.FetchFile(pb.FetchFileRequest(sha256=digest)):
+                yield part.data
+
     def _requests(self) -> Iterator[pb.ServeRequest]:
         while (message := self._said.get()) is not None:
             yield message
 
-    def _hear(self, message: pb.ServeResponse, server: Address) -> None:
+    def _hear(self, message: pb.ServeResponse) -> None:
         kind = message.WhichOneof("told")
         if kind == "welcome":
             name, slots = self._registration.name, self._registration.slots
-            log.tell("takes part", node=name, slots=slots, server=str(server))
+            log.tell("takes part", node=name, slots=slots, server=str(self._server))
             seconds = message.welcome.health_seconds
             threading.Thread(target=self._report, args=(seconds,), name="health", daemon=True).start()
         elif kind == "drain":

@@ -8,6 +8,7 @@ import grpc
 
 from dptrain.errors import UnreachableError, UsageError
 from dptrain.service.nodes import HEALTH_SECONDS, SILENT_SECONDS, Node, Nodes
+from dptrain.service.shipping import Offers
 from dptrain.v1 import agent_service_pb2 as pb
 from dptrain.v1 import agent_service_pb2_grpc
 
@@ -15,8 +16,8 @@ from dptrain.v1 import agent_service_pb2_grpc
 class AgentService(agent_service_pb2_grpc.AgentServiceServicer):
     """See agent_service.proto."""
 
-    def __init__(self, nodes: Nodes) -> None:
-        self.nodes = nodes
+    def __init__(self, nodes: Nodes, offers: Offers) -> None:
+        self.nodes, self.offers = nodes, offers
 
     def Serve(
         self, request_iterator: Iterator[pb.ServeRequest], context: grpc.ServicerContext
@@ -49,6 +50,11 @@ class AgentService(agent_service_pb2_grpc.AgentServiceServicer):
                 raise self._lose(node, "the server stops")
         finally:
             self.nodes.leave(node, "its agent's connection broke")
+
+    def FetchFile(self, request: pb.FetchFileRequest, context: grpc.ServicerContext) -> Iterator[pb.FetchFileResponse]:
+        """A file of a job's data."""
+        for data in self.offers.read(request.sha256):
+            yield pb.FetchFileResponse(data=data)
 
     def _read(self, requests: Iterator[pb.ServeRequest], node: Node) -> None:
         """What an agent says, until it says no more; ends the stream."""

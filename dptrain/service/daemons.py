@@ -6,16 +6,19 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
 
 from dptrain import scratch
+from dptrain.data import cache
+from dptrain.errors import DptrainError
 from dptrain.processes import end_session
 from dptrain.rsh import PROGRAMS
 from dptrain.service import log, started
+from dptrain.service.shipping import received
 from dptrain.v1 import agent_service_pb2 as pb
 from dptrain.wire.address import Address
 from dptrain.wire.tokens import VARIABLE
@@ -37,8 +40,7 @@ _CONTROL = re.compile(r"(?P<host>.+):(?P<port>\d+)")
 class Daemons:
     """What was started over one stream. ``say`` sends a message over it.
 
-    ``start`` is to be called from a thread that lives as long as the process: the kernel ends daemons with it.
-    ``address`` is this node's, ``ca`` that of the server's certificate.
+    ``address`` is this node's, ``fetch`` gives a file of the server's by its SHA-256, ``ca`` signed its certificate.
     """
 
     def __init__(
@@ -47,11 +49,14 @@ class Daemons:
         server: Address,
         address: str,
         environ: Mapping[str, str],
+        fetch: Callable[[str], Iterable[bytes]],
         ca: Path | None = None,
     ) -> None:
+        self._fetch = fetch
         self._say, self._server, self._ca = say, server, ca
         self._environ = environment(environ, address)
         self._lock = threading.Lock()
+        self._wanted: set[int] = set()
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._threads: list[threading.Thread] = []
 
@@ -78,37 +83,63 @@ class Daemons:
         line = [sys.executable, "-P", "-m", "dptrain", "worker", "--processes", str(asked.processes)]
         line += ["--server", str(Address(self._server.host or "127.0.0.1", asked.port))]
         line += [] if self._ca is None else ["--tls-ca", str(self._ca.resolve())]
-        self._begin(asked.id, "worker", line, {VARIABLE: asked.token})
+        self._begin(asked.id, "worker", line, {VARIABLE: asked.token}, asked.files)
 
     def _begin(
-        self, number: int, name: str, line: Sequence[str], added: Mapping[str, str] = MappingProxyType({})
+        self,
+        number: int,
+        name: str,
+        line: Sequence[str],
+        added: Mapping[str, str] = MappingProxyType({}),
+        files: Sequence[pb.DataFile] = (),
+    ) -> None:
+        """Have a program run in a thread of its own, which lives as long: the kernel ends the program with it."""
+        with self._lock:
+            self._wanted.add(number)
+        thread = threading.Thread(
+            target=self._run, args=(number, name, list(line), added, files), name="daemon", daemon=True
+        )
+        self._threads.append(thread)
+        thread.start()
+
+    def _run(
+        self, number: int, name: str, line: list[str], added: Mapping[str, str], files: Sequence[pb.DataFile]
     ) -> None:
         left = ExitStack()
         try:
+            if files:
+                line += ["--data", str(received(files, self._fetch, cache.locate() / "nodes"))]
             folder, memory = left.enter_context(scratch.folders())
             environ = {**self._environ, **added, "TMPDIR": str(folder)}
             if memory is not None:
                 environ["OMPI_MCA_btl_sm_backing_directory"] = str(memory)
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", started.__name__, str(os.getpid()), *line],
-                cwd=folder,
-                env=environ,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-        except OSError as error:
+            with self._lock:
+                # Whoever asked for it may have gone meanwhile.
+                process = None if number not in self._wanted else self._popen(line, folder, environ)
+                if process is not None:
+                    self._running[number] = process
+        except (OSError, DptrainError) as error:
             left.close()
-            why = f"expected {name} to start, found {error.strerror or error}"
+            why = f"expected {name} to start, found {getattr(error, 'strerror', None) or error}"
+            log.tell("not started", error=why)
             self._say(pb.ServeRequest(exited=pb.Exited(id=number, code=REFUSED, refused=why)))
             return
+        if process is None:
+            left.close()
+            return
         log.tell("started", program=name, id=number, pid=process.pid)
-        with self._lock:
-            self._running[number] = process
-        thread = threading.Thread(target=self._attend, args=(number, process, left), name="daemon", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        self._attend(number, process, left)
+
+    def _popen(self, line: Sequence[str], folder: Path, environ: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", started.__name__, str(os.getpid()), *line],
+            cwd=folder,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
 
     def look(self, asked: pb.Look) -> None:
         """Say whether a mark is seen here."""
@@ -124,6 +155,7 @@ class Daemons:
     def kill(self, number: int) -> None:
         """End a daemon and all of its session."""
         with self._lock:
+            self._wanted.discard(number)
             process = self._running.get(number)
         if process is not None:
             # What it started in its session is ended by who attends it.
@@ -132,6 +164,7 @@ class Daemons:
     def close(self) -> None:
         """End all, and return when all is gone."""
         with self._lock:
+            self._wanted.clear()
             running = list(self._running.values())
         for process in running:
             process.kill()
@@ -156,6 +189,7 @@ class Daemons:
             left.close()
         with self._lock:
             del self._running[number]
+            self._wanted.discard(number)
         log.tell("ended", id=number, code=code)
         self._say(pb.ServeRequest(exited=pb.Exited(id=number, code=128 - code if code < 0 else code)))
 

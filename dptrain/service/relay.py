@@ -1,7 +1,7 @@
 """From a launcher to a node: ``dptrain-rsh`` hands over what is to run there, and gets what comes of it.
 
 A Unix socket in the server's folder, for the server's own user alone. A request is a line of JSON with ``node`` and one
-of ``program`` and ``arguments``; ``port``, ``processes`` and ``token``; ``look``.
+of ``program`` and ``arguments``; ``port``, ``processes``, ``token`` and ``data``; ``look``.
 The answer is frames of a letter, a length in four bytes, and content: ``o`` and ``e`` are output, ``x`` is the end,
 JSON with ``code`` and ``why``.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 from dptrain.errors import DptrainError, UnreachableError
 from dptrain.service.nodes import Nodes, Start
+from dptrain.service.shipping import Offers
 from dptrain.v1 import agent_service_pb2 as pb
 from dptrain.wire.backoff import MOST_SECONDS
 
@@ -50,8 +51,8 @@ def place(folder: Path) -> Iterator[str]:
 class Relay:
     """Listens in a folder that no other server has, from construction until ``close``."""
 
-    def __init__(self, folder: Path, nodes: Nodes) -> None:
-        self._nodes = nodes
+    def __init__(self, folder: Path, nodes: Nodes, offers: Offers) -> None:
+        self._nodes, self._offers = nodes, offers
         self._settled = time.monotonic() + MOST_SECONDS + 1.0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         (folder / SOCKET).unlink(missing_ok=True)
@@ -84,10 +85,11 @@ class Relay:
         """One request, from its line to its end."""
         with caller, contextlib.suppress(OSError):
             try:
-                name, ask, patience = _request(caller)
+                name, ask, patience = self._request(caller)
                 start = self._begin(caller, name, ask, patience)
             except DptrainError as error:
-                _send(caller, b"x", _ending(UNREACHED, str(error)))
+                code = UNREACHED if isinstance(error, UnreachableError) else error.exit_code
+                _send(caller, b"x", _ending(code, str(error)))
                 return
             except (ValueError, KeyError, TypeError):
                 _send(caller, b"x", _ending(UNREACHED, "the server was asked for something else"))
@@ -116,42 +118,44 @@ class Relay:
                 if time.monotonic() > until or select.select([caller], [], [], _AGAIN)[0]:
                     raise
 
+    def _request(self, caller: socket.socket) -> tuple[str, Callable[[int], pb.ServeResponse], float]:
+        """The node's name, what makes the message to it of a number, and for how many seconds the node is waited for.
+
+        Raises ValueError, KeyError, TypeError.
+        """
+        line = b""
+        while not line.endswith(b"\n"):
+            part = caller.recv(1 << 16)
+            if not part or len(line) > _MOST_REQUEST:
+                raise ValueError("no line")
+            line += part
+        said: dict[str, Any] = json.loads(line)
+        if "look" in said:
+            path = str(said["look"])
+            return str(said["node"]), lambda number: pb.ServeResponse(look=pb.Look(id=number, path=path)), 0.0
+        if "port" in said:
+            port, processes, token = int(said["port"]), int(said["processes"]), str(said["token"])
+            files = self._offers.offer(Path(said["data"])) if "data" in said else []
+            return (
+                str(said["node"]),
+                lambda number: pb.ServeResponse(
+                    work=pb.Work(id=number, port=port, processes=processes, token=token, files=files)
+                ),
+                _WORKERS_SECONDS,
+            )
+        program, arguments = str(said["program"]), [str(word) for word in said["arguments"]]
+        return (
+            str(said["node"]),
+            lambda number: pb.ServeResponse(start=pb.Start(id=number, program=program, arguments=arguments)),
+            0.0,
+        )
+
     def _watch(self, caller: socket.socket, name: str, start: Start) -> None:
         """End what runs when whoever asked for it is gone."""
         with contextlib.suppress(OSError):
             while caller.recv(1 << 12):
                 pass
         self._nodes.end(name, start)
-
-
-def _request(caller: socket.socket) -> tuple[str, Callable[[int], pb.ServeResponse], float]:
-    """The node's name, what makes the message to it of a number, and for how many seconds the node is waited for.
-
-    Raises ValueError, KeyError, TypeError.
-    """
-    line = b""
-    while not line.endswith(b"\n"):
-        part = caller.recv(1 << 16)
-        if not part or len(line) > _MOST_REQUEST:
-            raise ValueError("no line")
-        line += part
-    said: dict[str, Any] = json.loads(line)
-    if "look" in said:
-        path = str(said["look"])
-        return str(said["node"]), lambda number: pb.ServeResponse(look=pb.Look(id=number, path=path)), 0.0
-    if "port" in said:
-        port, processes, token = int(said["port"]), int(said["processes"]), str(said["token"])
-        return (
-            str(said["node"]),
-            lambda number: pb.ServeResponse(work=pb.Work(id=number, port=port, processes=processes, token=token)),
-            _WORKERS_SECONDS,
-        )
-    program, arguments = str(said["program"]), [str(word) for word in said["arguments"]]
-    return (
-        str(said["node"]),
-        lambda number: pb.ServeResponse(start=pb.Start(id=number, program=program, arguments=arguments)),
-        0.0,
-    )
 
 
 def _pass(caller: socket.socket, name: str, start: Start) -> None:

@@ -33,6 +33,7 @@ from dptrain.service.nodes import Here, Nodes, mpi
 from dptrain.service.relay import Relay
 from dptrain.service.runner import Limits as JobLimits
 from dptrain.service.runner import Runner
+from dptrain.service.shipping import Offers
 from dptrain.service.store import Store
 from dptrain.v1 import (
     agent_service_pb2_grpc,
@@ -86,7 +87,7 @@ ROLES: Mapping[str, Mapping[str, Role]] = {
         "DrainNode": Role.admin,
         "ResumeNode": Role.admin,
     },
-    "dptrain.v1.AgentService": {"Serve": Role.worker},
+    "dptrain.v1.AgentService": {"Serve": Role.worker, "FetchFile": Role.worker},
 }
 """What a token must be for, by method."""
 
@@ -148,6 +149,7 @@ class JobServer:
         runner = Runner(data.resolve() / JOBS, options.job_limits, self._environ, reach)
         slots = options.slots or len(os.sched_getaffinity(0))
         here = Here(socket.gethostname(), mpi() if options.agents else None, sys.executable)
+        self.offers = Offers()
         self.nodes = Nodes(here, self._look_again, log.tell)
         conductor = Conductor(
             store, runner, slots, log.tell, options.keep, self.nodes.states if options.agents else None
@@ -174,7 +176,7 @@ class JobServer:
             self.page = page.address
         if options.agents:
             known.write_private(data / ACCESS, json.dumps(_access(self.address, options.tls)))
-            relay = Relay(data, self.nodes)
+            relay = Relay(data, self.nodes, self.offers)
             left.callback(relay.close)
         conductor.start()
         left.callback(conductor.close)
@@ -195,7 +197,7 @@ class JobServer:
             ArtifactService(desk, datasets),
             ClusterService(desk, self.nodes, options.allow_code, options.limits),
         )
-        agents = AgentService(self.nodes)
+        agents = AgentService(self.nodes, self.offers)
 
         def add_jobs(server: grpc.Server) -> None:
             job_service_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)

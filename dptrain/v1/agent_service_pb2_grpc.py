@@ -40,6 +40,11 @@ class AgentServiceStub(object):
                 request_serializer=dptrain_dot_v1_dot_agent__service__pb2.ServeRequest.SerializeToString,
                 response_deserializer=dptrain_dot_v1_dot_agent__service__pb2.ServeResponse.FromString,
                 _registered_method=True)
+        self.FetchFile = channel.unary_stream(
+                '/dptrain.v1.AgentService/FetchFile',
+                request_serializer=dptrain_dot_v1_dot_agent__service__pb2.FetchFileRequest.SerializeToString,
+                response_deserializer=dptrain_dot_v1_dot_agent__service__pb2.FetchFileResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer(object):
@@ -55,6 +60,13 @@ class AgentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchFile(self, request, context):
+        """A file of the data of a job that the agent was asked to work for. NOT_FOUND where no job has it. Role: worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +74,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.Serve,
                     request_deserializer=dptrain_dot_v1_dot_agent__service__pb2.ServeRequest.FromString,
                     response_serializer=dptrain_dot_v1_dot_agent__service__pb2.ServeResponse.SerializeToString,
+            ),
+            'FetchFile': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchFile,
+                    request_deserializer=dptrain_dot_v1_dot_agent__service__pb2.FetchFileRequest.FromString,
+                    response_serializer=dptrain_dot_v1_dot_agent__service__pb2.FetchFileResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +109,33 @@ class AgentService(object):
             '/dptrain.v1.AgentService/Serve',
             dptrain_dot_v1_dot_agent__service__pb2.ServeRequest.SerializeToString,
             dptrain_dot_v1_dot_agent__service__pb2.ServeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/dptrain.v1.AgentService/FetchFile',
+            dptrain_dot_v1_dot_agent__service__pb2.FetchFileRequest.SerializeToString,
+            dptrain_dot_v1_dot_agent__service__pb2.FetchFileResponse.FromString,
             options,
             channel_credentials,
             insecure,

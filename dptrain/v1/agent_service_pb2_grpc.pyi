@@ -21,6 +21,8 @@ class AgentServiceStub:
     server's first its welcome. Ends with INVALID_ARGUMENT or FAILED_PRECONDITION where the node can't take part, and
     with UNAVAILABLE where the agent is to come back. Role: worker.
     """
+    FetchFile: _grpc.UnaryStreamMultiCallable[_agent_service_pb2.FetchFileRequest, _agent_service_pb2.FetchFileResponse]
+    """A file of the data of a job that the agent was asked to work for. NOT_FOUND where no job has it. Role: worker."""
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """What an agent calls."""
@@ -35,5 +37,13 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         server's first its welcome. Ends with INVALID_ARGUMENT or FAILED_PRECONDITION where the node can't take part, and
         with UNAVAILABLE where the agent is to come back. Role: worker.
         """
+
+    @_abc_1.abstractmethod
+    def FetchFile(
+        self,
+        request: _agent_service_pb2.FetchFileRequest,
+        context: _grpc.ServicerContext,
+    ) -> _abc.Iterator[_agent_service_pb2.FetchFileResponse]:
+        """A file of the data of a job that the agent was asked to work for. NOT_FOUND where no job has it. Role: worker."""
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _grpc.Server) -> None: ...

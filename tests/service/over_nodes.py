@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,15 @@ class Service:
         line = ["serve", "--agents", "--listen", self.address, "--data", "data"]
         return self.on(0, *line, "--tls-cert", "certs/server.crt", "--tls-key", "certs/server.key")
 
-    def agent(self, node: int, slots: int = 1) -> Command:
-        return self.on(node, "agent", *self.client, "--slots", str(slots), "--token-file", "token")
+    def agent(self, node: int, slots: int = 1, *, apart: bool = False) -> Command:
+        """With ``apart`` it doesn't see the server's folder."""
+        words = ["agent", *self.client, "--slots", str(slots), "--token-file", "token"]
+        hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none data && exec "$@"', "sh"] if apart else []
+        return self.on(node, *words, before=hidden, XDG_CACHE_HOME=str(self.place.folder / f"cache-{node}"))
 
-    def on(self, node: int, *words: str) -> Command:
-        self.commands.append(self.place.start([*self.cluster.inside(node), *DPTRAIN, *words], **self.environ))
+    def on(self, node: int, *words: str, before: Sequence[str] = (), **environ: str) -> Command:
+        line = [*self.cluster.inside(node), *before, *DPTRAIN, *words]
+        self.commands.append(self.place.start(line, **self.environ, **environ))
         return self.commands[-1]
 
     def said(self, *words: str) -> str:
@@ -62,8 +66,8 @@ class Service:
         assert ended.code == 0, f"{words}: {ended.out}{ended.err}"
         return ended.out
 
-    def submit(self, *words: str, more: str = "") -> str:
-        (self.place.folder / "job.toml").write_text(TEXT + more)
+    def submit(self, *words: str, text: str = "") -> str:
+        (self.place.folder / "job.toml").write_text(text or TEXT)
         found: str = json.loads(self.said("submit", "job.toml", "-o", "json", *words))["id"]
         return found
 
@@ -71,6 +75,11 @@ class Service:
         """What the server's log says of one kind."""
         lines = [json.loads(line) for line in self.server.err.splitlines(keepends=True) if line.endswith("}\n")]
         return [line for line in lines if line["event"] == name]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a job has."""
+        return any(line["state"] == "FAILED" for line in self.events("job"))
 
     def seen(self, name: str, times: int) -> None:
         assert until(lambda: len(self.events(name)) >= times, 60, nap=0.05), self.server.err
@@ -83,7 +92,8 @@ class Service:
         return max((line["step"] for line in whole if "step" in line and "event" not in line), default=0)
 
     def reaches(self, job: str, step: int) -> None:
-        assert until(lambda: self.step(job) >= step, 90, nap=0.02), self.server.err
+        assert until(lambda: self.step(job) >= step or self.failed, 90, nap=0.02), self.server.err
+        assert not self.failed, self.server.err
 
     def result(self, job: str) -> dict[str, Any]:
         """What a job came to, as soon as it has."""
@@ -96,7 +106,8 @@ class Service:
                 return False
             return bool(found["state"] == "done")
 
-        assert until(done, 90, nap=0.05), self.server.err
+        assert until(lambda: self.failed or done(), 90, nap=0.05), self.server.err
+        assert not self.failed, self.server.err
         return found
 
 

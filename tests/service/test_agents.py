@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dptrain.service import keeper
@@ -14,7 +15,7 @@ from tests.faults.live import until
 from tests.faults.network import missing
 from tests.service import over_nodes
 from tests.service.jobs import solo_hash
-from tests.service.over_nodes import QUIET, Service
+from tests.service.over_nodes import QUIET, TEXT, Service
 
 
 @pytest.fixture
@@ -46,19 +47,25 @@ def test_a_job_goes_on_when_an_agent_dies_and_when_a_node_is_drained(service: Se
 
 
 @pytest.mark.skipif(missing() != "", reason=missing() or "nodes can be made")
-def test_a_job_at_a_parameter_server_outlives_an_agent_and_the_server(service: Service, tmp_path: Path) -> None:
-    agents = {node: service.agent(node) for node in (1, 2, 3)}
+def test_nodes_with_nothing_in_common_work_for_a_parameter_server_that_outlives_an_agent_and_the_server(
+    service: Service, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((500, 8)).astype(np.float32)
+    np.savez(tmp_path / "own.npz", x=x, y=np.arange(500) % 10)
+    service.said("upload", str(tmp_path / "own.npz"))
+    agents = {node: service.agent(node, apart=True) for node in (1, 2, 3)}
     service.seen("node joined", 3)
-    job = service.submit("-n", "3", more='\n[exchange]\ntype = "ps"\n')
+    job = service.submit("-n", "3", text=TEXT.replace("digits", "own.npz") + '\n[exchange]\ntype = "ps"\n')
     service.reaches(job, 40)
     os.kill(agents[3].process.pid, signal.SIGKILL)
     service.reaches(job, service.step(job) + 20)
-    again = service.agent(3)
+    again = service.agent(3, apart=True)
     assert until(lambda: '"program": "worker"' in again.err, 60, nap=0.05)
     os.kill(service.server.process.pid, signal.SIGKILL)
     service.server.wait(10)
     service.server = service.serve()
     result = service.result(job)
-    assert result["weights_sha256"] == solo_hash(tmp_path, QUIET)
+    assert result["weights_sha256"] == solo_hash(tmp_path, QUIET.replace("digits", f"{tmp_path}/own.npz"))
     # Nothing of it was begun again.
     assert result["attempt"] == 1

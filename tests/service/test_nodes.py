@@ -20,6 +20,7 @@ from dptrain.errors import (
     DptrainError,
     LaunchError,
     NotFoundError,
+    StorageError,
     UnreachableError,
     UsageError,
 )
@@ -28,6 +29,7 @@ from dptrain.service.client import Client
 from dptrain.service.nodes import REMEMBERED_SECONDS, SILENT_SECONDS, Here, Nodes, NodeState, mpi
 from dptrain.service.scheduler import place
 from dptrain.service.server import TOKENS, JobServer
+from dptrain.service.shipping import CHUNK, Offers, received
 from dptrain.v1 import agent_service_pb2 as pb
 from dptrain.v1 import agent_service_pb2_grpc, cluster_service_pb2
 from dptrain.wire.channel import connect
@@ -250,6 +252,7 @@ def test_as_few_nodes_as_can_be(workers: int, free: dict[str, int], placed: dict
         ('"/opt/bin/hydra_pmi_proxy" --proxy-id 0', ("hydra_pmi_proxy", ["--proxy-id", "0"])),
         ("test -e '/a b/.dptrain-seen-1' || exit 42", "/a b/.dptrain-seen-1"),
         ("dptrain worker --port 7 --processes 2", {"port": 7, "processes": 2}),
+        ("dptrain worker --port 7 --processes 2 --data '/a b'", {"port": 7, "processes": 2, "data": "/a b"}),
         ("dptrain worker --port x --processes 2", None),
         ("dptrain worker --server 10.0.0.9:1", None),
         ("dptrain run", None),
@@ -353,3 +356,33 @@ def test_streams_end_with_the_server(server: JobServer, tmp_path: Path) -> None:
         with pytest.raises(UnreachableError, match="the server stops"), told(server.address):
             list(stream)
         requests.put(None)
+
+
+def test_data_is_kept_by_digest_whole_or_not_at_all(tmp_path: Path) -> None:
+    source = tmp_path / "set"
+    (source / "deep").mkdir(parents=True)
+    (source / "a").write_bytes(b"a" * (CHUNK + 1))
+    (source / "deep" / "b").write_bytes(b"b")
+    offers, fetched = Offers(), []
+
+    def fetch(digest: str) -> Iterator[bytes]:
+        fetched.append(digest)
+        yield from offers.read(digest)
+
+    files = offers.offer(source)
+    place = received(files, fetch, tmp_path / "kept")
+    assert (place / "a").read_bytes() == (source / "a").read_bytes()
+    assert (place / "deep" / "b").read_bytes() == b"b"
+    assert received(files, fetch, tmp_path / "kept") == place
+    (one,) = offers.offer(source / "a")
+    assert received([one], fetch, tmp_path / "kept").name == "a"
+    assert len(fetched) == 2
+    with pytest.raises(NotFoundError, match="a file of a job that was started"):
+        list(offers.read("0" * 64))
+    (source / "a").write_bytes(b"changed")
+    with pytest.raises(StorageError, match="it changed on the server"):
+        received([one], fetch, tmp_path / "other")
+    assert not [path for path in (tmp_path / "other").rglob("*") if path.is_file()]
+    for path in ("../x", "/x", ""):
+        with pytest.raises(StorageError, match="a path below the data's folder"):
+            received([pb.DataFile(path=path, sha256=one.sha256)], fetch, tmp_path / "other")
