@@ -43,6 +43,22 @@ def curves(path: Path, offset: int, most: int = MOST) -> dict[str, Any]:
     }
 
 
+class Thinned:
+    """Values in their order, fewer than ``2 * most`` of them: where there would be more, every other one goes."""
+
+    def __init__(self, most: int) -> None:
+        self.values: list[float] = []
+        self._most, self._stride, self._count = most, 1, 0
+
+    def add(self, value: float) -> None:
+        """The next value."""
+        if self._count % self._stride == 0:
+            self.values.append(value)
+        self._count += 1
+        if len(self.values) >= 2 * self._most:
+            self.values, self._stride = self.values[::2], 2 * self._stride
+
+
 def _lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     try:
         with path.open("rb") as file:

@@ -16,6 +16,7 @@ from dptrain.service.desk import Desk
 from dptrain.service.filter import Query
 from dptrain.service.job_service import GRACE
 from dptrain.service.model import ENDED, Job, State
+from dptrain.service.page.curves import Thinned
 from dptrain.service.page.reading import FIRST_READ, File, JobView, Line, Lines, Who
 
 MOST = 200
@@ -34,13 +35,11 @@ _VERBS: Mapping[str, Callable[[Job], Job]] = {
 
 @dataclass
 class _Seen:
-    """What was made of a job, and of what; ``losses`` has every ``stride``-th of its journal's."""
+    """What was made of a job, and of what."""
 
     mark: tuple[Any, ...] = ()
     view: JobView | None = None
-    losses: list[float] = field(default_factory=list)
-    stride: int = 1
-    count: int = 0
+    losses: Thinned = field(default_factory=lambda: Thinned(POINTS))
     offset: int = 0
 
 
@@ -123,7 +122,7 @@ class Jobs:
                 return self._made(job, reason.name, message)
             if seen.view is None or seen.mark != mark:
                 self._read_losses(seen, journal, size)
-                more = {**self._progress(job), "losses": tuple(seen.losses), "result": self._result(job)}
+                more = {**self._progress(job), "losses": tuple(seen.losses.values), "result": self._result(job)}
                 seen.mark, seen.view = mark, self._made(job, reason.name, message, **more)
             return seen.view
 
@@ -170,19 +169,14 @@ class Jobs:
         return {key: content.get(key) for key in ("weights_sha256", "job_sha256", "same_bits", "metrics", "steps")}
 
     def _read_losses(self, seen: _Seen, journal: Path, size: int) -> None:
-        """Take in what the journal has more; where there are too many points every other one goes."""
+        """Take in what the journal has more."""
         if size < seen.offset:
-            seen.losses, seen.stride, seen.count, seen.offset = [], 1, 0, 0
+            seen.losses, seen.offset = Thinned(POINTS), 0
         while seen.offset < size:
             lines, after = books.read(journal, seen.offset)
             for _, line in lines:
-                if "event" in line or line.get("loss") is None:
-                    continue
-                if seen.count % seen.stride == 0:
-                    seen.losses.append(float(line["loss"]))
-                seen.count += 1
-                if len(seen.losses) > 2 * POINTS:
-                    seen.losses, seen.stride = seen.losses[::2], 2 * seen.stride
+                if "event" not in line and line.get("loss") is not None:
+                    seen.losses.add(float(line["loss"]))
             if after == seen.offset:
                 return
             seen.offset = after

@@ -4,33 +4,39 @@ import contextlib
 import json
 import math
 import os
+import threading
 import time
 import tomllib
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dptrain import rundir
 from dptrain.errors import DptrainError, NotFoundError, RefusedTransition
-from dptrain.journal import read_all
+from dptrain.journal import attempt_of
+from dptrain.service import books
+from dptrain.service.page.curves import Thinned
 from dptrain.service.page.reading import FIRST_READ, File, JobView, Line, Lines, Who
 
 SILENT = 15.0
 """Seconds without a word after which a run without a result counts as ended. A run writes every second."""
 
 POINTS = 40
-"""Of a curve beside a job in the list."""
+"""Of a curve beside a job in the list, or up to twice as many."""
 
 MOST = 200
 """Runs that are listed."""
 
 
 class Runs:
-    """The runs below a folder, or the folder itself if it is one. What has not changed is not read again."""
+    """The runs below a folder, or the folder itself if it is one. No line of a journal is read twice."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._known: dict[Path, tuple[tuple[float, ...], JobView]] = {}
+        self._lock = threading.Lock()
+        self._known: dict[Path, _Story] = {}
 
     def server(self, who: Who) -> Mapping[str, Any]:
         """See Reading."""
@@ -57,16 +63,9 @@ class Runs:
         path = self._path(job_id) / rundir.JOURNAL
         size = path.stat().st_size if path.exists() else 0
         known = cursor.isascii() and cursor.isdigit() and len(cursor) < 16
-        offset = int(cursor) if known and int(cursor) <= size else 0
-        try:
-            with path.open("rb") as file:
-                file.seek(offset)
-                data = file.read()
-        except OSError:
-            return Lines([], cursor)
-        whole = data.rfind(b"\n") + 1
-        lines = [_said(json.loads(text)) for text in data[:whole].splitlines() if text.endswith(b"}")]
-        return Lines(lines[-most:], str(offset + whole))
+        offset = int(cursor) if known and int(cursor) <= size else books.tail_of(path, most, lambda line: True)
+        lines, after = books.read(path, offset)
+        return Lines([_said(line) for _, line in lines[-most:]], str(after))
 
     def config(self, who: Who, job_id: str) -> str:
         """See Reading."""
@@ -117,17 +116,56 @@ class Runs:
 
     def _view(self, path: Path, until: float = math.inf) -> JobView:
         """A run as it is; past a time without what its journal says, if that was never read."""
-        files = (rundir.JOB, rundir.JOURNAL, rundir.RESULT)
-        marks = [_mark(path / name) for name in files]
-        now = time.time()
-        silent = float(now - marks[1][0] > SILENT)
-        seen = (*(value for mark in marks for value in mark), silent)
-        known = self._known.get(path)
-        if known is None and time.monotonic() > until:
-            return _read(path, bool(silent), journal=False)
-        if known is None or known[0] != seen:
-            known = self._known[path] = (seen, _read(path, bool(silent)))
-        return known[1]
+        marks = tuple(_mark(path / name) for name in (rundir.JOB, rundir.JOURNAL, rundir.RESULT, rundir.RESTARTS))
+        told, size = marks[1]
+        silent = time.time() - max(told, marks[0][0]) > SILENT
+        with self._lock:
+            known = self._known.get(path)
+            if known is None and time.monotonic() > until:
+                return _made(path, _Story(), silent, marks[0][0], told, trains=size > 0)
+            if known is None or size < known.offset:
+                known = self._known[path] = _Story()
+            if known.view is None or known.seen != (*marks, silent):
+                known.read(path / rundir.JOURNAL, int(size))
+                known.seen = (*marks, silent)
+                known.view = _made(path, known, silent, marks[0][0], told, trains=size > 0)
+            return known.view
+
+
+@dataclass
+class _Story:
+    """What a run's journal has said so far, the view that was made of it, and of what else that was made."""
+
+    offset: int = 0
+    last: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    recoveries: int = 0
+    losses: Thinned = field(default_factory=lambda: Thinned(POINTS))
+    pace: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=30))
+    """Step and seconds of the newest lines of the last attempt."""
+    seen: tuple[Any, ...] = ()
+    view: JobView | None = None
+
+    def read(self, path: Path, size: int) -> None:
+        """Take in the whole lines up to ``size`` that were not read yet."""
+        while self.offset < size:
+            lines, after = books.read(path, self.offset)
+            for _, line in lines:
+                self._take(line)
+            if after == self.offset:
+                return
+            self.offset = after
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        self.recoveries += line.get("event") == "recovery"
+        if "event" in line or not isinstance(line.get("step"), int):
+            return
+        if attempt_of(line) != attempt_of(self.last):
+            self.pace.clear()
+        self.last, self.metrics = line, line.get("metrics") or self.metrics
+        self.pace.append((line["step"], float(line.get("seconds") or 0.0)))
+        if line.get("loss") is not None:
+            self.losses.add(float(line["loss"]))
 
 
 def _mark(path: Path) -> tuple[float, float]:
@@ -142,45 +180,27 @@ def _begun(path: Path) -> float:
     return _mark(path / rundir.JOB)[0]
 
 
-def _read(path: Path, silent: bool, *, journal: bool = True) -> JobView:
-    lines = read_all(path / rundir.JOURNAL) if journal else []
+def _made(path: Path, story: _Story, silent: bool, begun: float, told: float, *, trains: bool) -> JobView:
+    """A run as a job, with what its journal has said.
+
+    ``silent``: its journal has not grown for longer than it does while training; ``trains``: it holds something.
+    """
     job: dict[str, Any] = {}
     try:
         job = tomllib.loads(rundir.read_text(path / rundir.JOB))
         result = rundir.read_json(path / rundir.RESULT) if (path / rundir.RESULT).is_file() else None
     except (DptrainError, tomllib.TOMLDecodeError):
         result = None
-    told, size = _mark(path / rundir.JOURNAL)
-    return run_view(path.name, job, lines, result, silent=silent, begun=_begun(path), told=told, trains=size > 0)
-
-
-def run_view(
-    name: str,
-    job: Mapping[str, Any],
-    lines: Sequence[Mapping[str, Any]],
-    result: Mapping[str, Any] | None,
-    *,
-    silent: bool,
-    begun: float,
-    told: float,
-    trains: bool,
-) -> JobView:
-    """A run as a job, with what ``lines`` of its journal say.
-
-    ``silent``: its journal has not grown for longer than it does while training; ``trains``: it holds something.
-    """
-    steps = [line for line in lines if isinstance(line.get("step"), int) and "event" not in line]
-    last: Mapping[str, Any] = steps[-1] if steps else {}
-    attempt = int(last.get("attempt") or 1)
-    here = [line for line in steps if line.get("attempt") == attempt]
+    last = story.last
+    attempt = attempt_of(last) or 1
     step, epoch = int(last.get("step") or 0), float(last.get("epoch") or 0.0)
     total = _total(job, step, epoch)
     state, message = _state(result, silent, trains)
     if result is not None and result.get("attempt") == attempt:
         total = step = int(result["steps"]) if state == "SUCCEEDED" else step
     return JobView(
-        id=name,
-        name=str(job.get("name") or name),
+        id=path.name,
+        name=str(job.get("name") or path.name),
         state=state,
         message=message,
         created=begun,
@@ -192,19 +212,13 @@ def run_view(
         total_steps=total,
         epoch=epoch,
         loss=last.get("loss"),
-        metrics=next((line["metrics"] for line in reversed(steps) if line.get("metrics")), {}),
+        metrics=story.metrics,
         samples_per_second=float(last.get("samples_per_second") or 0.0),
-        remaining=_remaining(here, total) if state == "RUNNING" else None,
-        recoveries=sum(line.get("event") == "recovery" for line in lines),
-        losses=losses_of(steps),
+        remaining=_remaining(story.pace, total) if state == "RUNNING" else None,
+        recoveries=story.recoveries + len(books.restarts(path)),
+        losses=tuple(story.losses.values),
         result=result,
     )
-
-
-def losses_of(steps: Sequence[Mapping[str, Any]]) -> list[float]:
-    """A few points of a curve."""
-    losses = [float(line["loss"]) for line in steps if line.get("loss") is not None]
-    return [losses[i * (len(losses) - 1) // (POINTS - 1)] for i in range(POINTS)] if len(losses) > POINTS else losses
 
 
 def _state(result: Mapping[str, Any] | None, silent: bool, begun: bool) -> tuple[str, str]:
@@ -225,14 +239,12 @@ def _total(job: Mapping[str, Any], step: int, epoch: float) -> int:
     return round(epochs * step / epoch) if isinstance(epochs, (int, float)) and epoch > 0 else 0
 
 
-def _remaining(steps: Sequence[Mapping[str, Any]], total: int) -> float | None:
+def _remaining(pace: Sequence[tuple[int, float]], total: int) -> float | None:
     """At the pace of the newest lines."""
-    recent = steps[-30:]
-    if len(recent) < 2 or not total:
+    if len(pace) < 2 or not total:
         return None
-    done = recent[-1]["step"] - recent[0]["step"]
-    took = float(recent[-1]["seconds"]) - float(recent[0]["seconds"])
-    return max(0.0, (total - recent[-1]["step"]) * took / done) if done > 0 and took > 0 else None
+    done, took = pace[-1][0] - pace[0][0], pace[-1][1] - pace[0][1]
+    return max(0.0, (total - pace[-1][0]) * took / done) if done > 0 and took > 0 else None
 
 
 def _said(line: Mapping[str, Any]) -> Line:
