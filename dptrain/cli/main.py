@@ -12,7 +12,10 @@ from dptrain.errors import DeadlineError, DptrainError, PeerFailed, WorkerLost, 
 if TYPE_CHECKING:
     from dptrain.cli.progress import Silent
 
-_GLOBAL = frozenset({"-h", "--help", "--version"})
+_GLOBAL = frozenset({"-h", "--help", "--version", "--install-completion", "--show-completion"})
+
+COMPLETION = "_DPTRAIN_COMPLETE"
+"""Set where a shell asks how a line may go on; the line is in the environment too, and there are no arguments."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,7 +76,8 @@ def _inherit(shown: Any) -> "Silent":
 
 
 def _command_line(argv: list[str], place: launch.Announced, leader: object) -> None:
-    if argv in ([], ["run"]):
+    completes = COMPLETION in os.environ
+    if argv in ([], ["run"]) and not completes:
         # Nothing to parse: the others wait for this rank, so it spares itself the parser.
         from dptrain.cli.progress import MODES
         from dptrain.cli.run import Request, train
@@ -83,7 +87,7 @@ def _command_line(argv: list[str], place: launch.Announced, leader: object) -> N
             sys.exit(train(Request(progress=mode), place, leader))
     from dptrain.cli.app import Context, app
 
-    if not argv or (argv[0].startswith("-") and argv[0] not in _GLOBAL):
+    if not completes and (not argv or (argv[0].startswith("-") and argv[0] not in _GLOBAL)):
         argv = ["run", *argv]
     app(argv, prog_name="dptrain", obj=Context(place, leader))
 

@@ -53,7 +53,7 @@ def served(tmp_path: Path, environ: dict[str, str]) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("served")
-def test_submit_follow_and_bring_home(dptrain: Run, tmp_path: Path) -> None:
+def test_submit_follow_and_bring_home(dptrain: Run, tmp_path: Path, environ: dict[str, str]) -> None:
     followed = dptrain("submit", "job.toml", "-n", "1..2", "-f", "--label", "a=b")
     assert followed.returncode == 0, followed.stderr
     job = followed.stdout.split()[0]
@@ -61,6 +61,12 @@ def test_submit_follow_and_bring_home(dptrain: Run, tmp_path: Path) -> None:
     assert wanted in followed.stdout
     assert followed.stderr.endswith(f"job {job} succeeded: done\n")
     assert dptrain("wait", job[:5]).returncode == 0
+    line = {"_DPTRAIN_COMPLETE": "complete_bash", "COMP_WORDS": f"dptrain show {job[:3]}", "COMP_CWORD": "2"}
+    environ.update(line)
+    completed = dptrain()
+    assert (completed.returncode, completed.stdout.split()) == (0, [job]), completed.stderr
+    for name in line:
+        del environ[name]
     shown = json.loads(dptrain("show", "@latest", "-o", "json").stdout)
     assert (shown["id"], shown["result"]["weights_sha256"]) == (job, wanted)
     listed = json.loads(dptrain("jobs", "-a", "-o", "json", "--filter", "label.a=b").stdout)
