@@ -8,7 +8,7 @@ import pytest
 
 from bench import report, rows, spawn
 from bench.comparisons import recovery, steps, survival
-from bench.contestants import ours, running, survivable
+from bench.contestants import ours, running, survivable, wire
 from bench.contestants.numpy_model import Network
 from bench.interleave import Runs, interleaved
 from bench.spawn import NotRun
@@ -203,6 +203,12 @@ def test_nothing_of_a_command_is_left(tmp_path: Path) -> None:
 def _over(pid: int) -> bool:
     found = process(pid)
     return found is None or found.state in "ZX"
+
+
+def test_the_wire_moves_vectors_each_way() -> None:
+    rates = spawn.alone("bench.contestants.wire", "3000", "2", "2")["bytes_per_second"]
+    assert set(rates) == set(wire.WAYS)
+    assert all(len(some) == 2 and min(some) > 0 for some in rates.values())
 
 
 def test_what_survival_takes_is_switched(work: Workload) -> None:

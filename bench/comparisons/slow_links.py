@@ -15,7 +15,7 @@ STEPS = 25
 STEPS_TO_JUDGE = 400
 """After which accuracy is compared, in one process, which gives the same bits."""
 
-BYTES = {"auto": (4, 4), "bfloat16": (2, 4), "float16": (2, 4)}
+BYTES = {"auto": (4, 4), "bfloat16": (2, 4)}
 """Of an element's way to the server and back."""
 
 NAMES = {"auto": "float32"}
