@@ -1,6 +1,6 @@
 """What all of the service's methods share: whose jobs a caller may see, and a job as it is told of."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,10 @@ class Desk:
     def find(self, reference: str, context: grpc.ServicerContext) -> Job:
         """The job that a caller means. Another owner's is not there. Raises NotFoundError, UsageError."""
         return self.store.find(reference, scope(context))
+
+    def change(self, reference: str, context: grpc.ServicerContext, decide: Callable[[Job], Job]) -> job_pb2.Job:
+        """Change the job that a caller means, by a function from what it is to what it shall be; then tell it."""
+        return self.tell(self.store.change(self.find(reference, context).id, decide))
 
     def tell(self, job: Job, *, whole: bool = False) -> job_pb2.Job:
         """A job as the wire has it; ``whole`` with its progress and result."""

@@ -99,8 +99,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         def decide(job: Job) -> Job:
             return replace(job, spec=replace(job.spec, **changes))  # type: ignore[arg-type]
 
-        found = self.desk.find(request.job_id, context)
-        return job_service_pb2.UpdateJobResponse(job=self.desk.tell(self.store.change(found.id, decide)))
+        return job_service_pb2.UpdateJobResponse(job=self.desk.change(request.job_id, context, decide))
 
     def CancelJob(
         self, request: job_service_pb2.CancelJobRequest, context: grpc.ServicerContext
@@ -109,31 +108,27 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         grace = convert.seconds(request.grace) if request.HasField("grace") else GRACE
         if not 0 <= grace <= MOST_GRACE:
             raise UsageError("grace", expected=f"0 to {MOST_GRACE:g} s", found=f"{grace:g}", cure="correct it")
-        found = self.desk.find(request.job_id, context)
-        job = self.store.change(found.id, lambda job: verbs.cancel(job, time.time(), grace))
-        return job_service_pb2.CancelJobResponse(job=self.desk.tell(job))
+        job = self.desk.change(request.job_id, context, lambda job: verbs.cancel(job, time.time(), grace))
+        return job_service_pb2.CancelJobResponse(job=job)
 
     def PauseJob(
         self, request: job_service_pb2.PauseJobRequest, context: grpc.ServicerContext
     ) -> job_service_pb2.PauseJobResponse:
         """Stop a job with a checkpoint."""
-        found = self.desk.find(request.job_id, context)
-        job = self.store.change(found.id, lambda job: verbs.pause(job, time.time()))
-        return job_service_pb2.PauseJobResponse(job=self.desk.tell(job))
+        job = self.desk.change(request.job_id, context, lambda job: verbs.pause(job, time.time()))
+        return job_service_pb2.PauseJobResponse(job=job)
 
     def ResumeJob(
         self, request: job_service_pb2.ResumeJobRequest, context: grpc.ServicerContext
     ) -> job_service_pb2.ResumeJobResponse:
         """Queue a paused job again."""
-        found = self.desk.find(request.job_id, context)
-        job = self.store.change(found.id, lambda job: verbs.resume(job, time.time()))
-        return job_service_pb2.ResumeJobResponse(job=self.desk.tell(job))
+        job = self.desk.change(request.job_id, context, lambda job: verbs.resume(job, time.time()))
+        return job_service_pb2.ResumeJobResponse(job=job)
 
     def RetryJob(
         self, request: job_service_pb2.RetryJobRequest, context: grpc.ServicerContext
     ) -> job_service_pb2.RetryJobResponse:
         """Queue a job again that failed or was cancelled."""
-        found = self.desk.find(request.job_id, context)
 
         def decide(job: Job) -> Job:
             after = verbs.retry(job, time.time())
@@ -142,8 +137,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
                 self._go_back(job.id, request.from_step)
             return after
 
-        job = self.store.change(found.id, decide)
-        return job_service_pb2.RetryJobResponse(job=self.desk.tell(job))
+        return job_service_pb2.RetryJobResponse(job=self.desk.change(request.job_id, context, decide))
 
     def DeleteJob(
         self, request: job_service_pb2.DeleteJobRequest, context: grpc.ServicerContext
