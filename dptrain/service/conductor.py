@@ -390,6 +390,7 @@ def _waiting(job: Job) -> Waiting:
 
 def _running(job: Job) -> Running:
     leaving = job.state in (State.PAUSING, State.CANCELLING)
-    # A launch that does not train yet is left as it is.
-    least, most = (job.workers, job.workers) if job.state is State.STARTING else job.spec.workers
+    # A launch that does not train is left as it is.
+    trains = job.state not in (State.STARTING, State.RECOVERING)
+    least, most = job.spec.workers if trains else (job.workers, job.workers)
     return Running(job.id, job.workers, least, most, job.spec.priority, job.started, leaving)
