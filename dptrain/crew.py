@@ -1,9 +1,10 @@
-"""``python -m dptrain.crew WORKERS PROCESSES SERVERS ARGUMENTS``: servers and workers of this machine, without MPI.
+"""``python -m dptrain.crew WORKERS PROCESSES SERVERS STANDBYS ARGUMENTS``: servers and workers without MPI.
 
 Each worker is of so many processes. It is to them what mpirun is to ranks: it starts them, starts a worker that was
-killed again for as long as a server lives, passes a request to stop on to the servers, and leaves with the last one's
-code. Of two servers the second stands by. With ``--nodes NAME:PROCESSES,... DATA`` in place of the numbers there is one
-server here, and a worker on each of these nodes of ``dptrain serve --agents``.
+killed again for as long as a server lives, passes a request to stop on to the servers, and leaves with the code of the
+last that did not succeed. So many servers have a segment each, and so many more stand by. With ``--nodes
+NAME:PROCESSES,... DATA`` in place of the numbers there is one server here, and a worker on each of these nodes of
+``dptrain serve --agents``.
 """
 
 import os
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,12 +22,15 @@ from types import FrameType
 from dptrain import supervision
 from dptrain.wire.address import LONGEST_PATH
 
-SOCKETS = ("server.sock", "standby.sock")
-"""Of the supervisor's folder: where the servers listen."""
-
 _QUICK = 1.0
 """A worker that ended sooner than so many seconds after its start is started again only after as long a pause."""
 
+
+_GRACE = 10.0
+"""Seconds in which the other servers must end after one has ended with the run's end or its failure."""
+
+_ENDS = (0, 1, 2)
+"""The codes of such an end; a server that is left behind by the others leaves with another."""
 
 _GONE = 255
 """The code of ``dptrain-rsh`` where its node is lost."""
@@ -51,7 +56,7 @@ class Crew:
         self._servers: list[int] = []
 
     def run(self) -> int:
-        """From the start of all to the end of all; returns the last server's code, 128 + N where signal N ended it."""
+        """From the start of all to the end of all; returns 0 or a server's code, 128 + N where signal N ended it."""
         self._servers = [self._start(line) for line in self._server_lines]
         signal.signal(signal.SIGUSR1, self._ask)
         try:
@@ -63,7 +68,8 @@ class Crew:
                 _kill(pid)
 
     def _wait(self) -> int:
-        code = 0
+        codes: list[int] = []
+        timer: threading.Timer | None = None
         while self._servers or self._began:
             pid, status = os.wait()
             ended = os.waitstatus_to_exitcode(status)
@@ -71,20 +77,31 @@ class Crew:
                 self._processes.pop(pid).returncode = ended
             if pid in self._servers:
                 self._servers.remove(pid)
-                code = ended
+                codes.append(ended)
                 if not self._servers:
                     # They were told. One that is stopped would never hear of it.
                     for worker in self._began:
                         _kill(worker)
+                elif ended in _ENDS and timer is None:
+                    # So it is with servers.
+                    timer = threading.Timer(_GRACE, self._kill_servers)
+                    timer.daemon = True
+                    timer.start()
                 continue
             began = self._began.pop(pid, None)
             if began is not None and self._servers and (ended < 0 or ended == _GONE):
                 self._start_worker(began[1], pause=time.monotonic() - began[0] < _QUICK)
             elif self._servers and not self._began and ended > 0:
                 # Nobody is left to train with, and each has said why.
-                for server in self._servers:
-                    _kill(server)
+                self._kill_servers()
+        if timer is not None:
+            timer.cancel()
+        code = 0 if 0 in codes else codes[-1]
         return 128 - code if code < 0 else code
+
+    def _kill_servers(self) -> None:
+        for server in list(self._servers):
+            _kill(server)
 
     def _start_worker(self, line: Sequence[str], pause: bool = False) -> None:
         if pause:
@@ -113,17 +130,25 @@ def _kill(pid: int) -> None:
 
 def addresses(folder: str, count: int) -> list[str]:
     """Where so many servers listen. A folder with a long path is named by a file that this process has open."""
-    if len(os.fsencode(folder)) + 1 + max(map(len, SOCKETS)) > LONGEST_PATH:
+    names = [f"server-{number}.sock" for number in range(count)]
+    if len(os.fsencode(folder)) + 1 + max(map(len, names)) > LONGEST_PATH:
         folder = f"/proc/{os.getpid()}/fd/{os.open(folder, os.O_PATH | os.O_DIRECTORY)}"
-    return [f"unix:{folder}/{name}" for name in SOCKETS[:count]]
+    return [f"unix:{folder}/{name}" for name in names]
 
 
-def here(workers: int, processes: int, servers: int, arguments: Sequence[str]) -> Crew:
+def here(workers: int, processes: int, servers: int, standbys: int, arguments: Sequence[str]) -> Crew:
     """A crew of this machine alone."""
-    chief, *standby = places = addresses(os.environ[supervision.FOLDER], servers)
-    line = [*_DPTRAIN, "param-server", *arguments]
-    lines = [[*line, "--listen", chief, *(["--standby"] if standby else [])]]
-    lines += [[*line, "--listen", address, "--standby-of", chief] for address in standby]
+    places = addresses(os.environ[supervision.FOLDER], servers + standbys)
+    lines = []
+    for number, address in enumerate(places):
+        line = [*_DPTRAIN, "param-server", *arguments, "--listen", address]
+        if number < servers > 1:
+            line += ["--segment", f"{number + 1}/{servers}"]
+        if number == 0:
+            line += ["--standby"] * standbys
+        else:
+            line += ["--chief" if number < servers else "--standby-of", places[0]]
+        lines.append(line)
     worker = [*_DPTRAIN, "worker", "--server", ",".join(places), "--processes", str(processes)]
     return Crew(lines, [worker] * workers)
 
@@ -168,5 +193,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "--nodes":
         crew = over_nodes(sys.argv[2], sys.argv[3], sys.argv[4:])
     else:
-        crew = here(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+        workers, processes, servers, standbys = map(int, sys.argv[1:5])
+        crew = here(workers, processes, servers, standbys, sys.argv[5:])
     sys.exit(crew.run())

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _FIRST, _MOST = 0.1, 5.0
 """Seconds between attempts to come back to a server that was lost, at first and at most."""
 
+_ASK_SECONDS = 5.0
+"""Seconds, at most, in which one of several servers must say which one it is."""
+
 
 def work(
     servers: Sequence[str],
@@ -44,10 +47,20 @@ def work(
 
     addresses = [parse(server) for server in servers]
     with ExitStack() as left:
-        channels = [connect(address, calling) for address in addresses]
-        for channel in channels:
-            left.callback(channel.close)
-        invitation = ask(channels[0], addresses[0], seconds)
+        channels = []
+
+        def open_to(address: "Address") -> None:
+            channels.append((address, connect(address, calling)))
+            left.callback(channels[-1][1].close)
+
+        for address in addresses:
+            open_to(address)
+        invitation = ask(channels[0][1], addresses[0], seconds)
+        if len(addresses) < len(invitation.servers):
+            # The chief knows where the others are; by names of its own, so it is asked only for want of other ones.
+            for address in map(parse, invitation.servers):
+                if address not in addresses:
+                    open_to(address)
         job = rebuild(Job, invitation.job)
         job = replace(
             job,
@@ -56,13 +69,14 @@ def work(
         )
         arithmetic.choose(job.arithmetic.kernels, job.arithmetic.threads)
         left.enter_context(arithmetic.limited(job.arithmetic.threads))
-        return _work(list(zip(addresses, channels, strict=True)), job, processes, seconds)
+        return _work(channels, job, processes, seconds)
 
 
 def _work(servers: Sequence[tuple["Address", Any]], job: Job, processes: int, seconds: float) -> int:
     from dptrain.exchange.communicator import Alone
-    from dptrain.exchange.parameter_server.client import Broken, Client, Stub
+    from dptrain.exchange.parameter_server.client import Broken, Client, Stub, stubs_of
     from dptrain.exchange.parameter_server.codec import Written
+    from dptrain.layout import segments
     from dptrain.packing import encoding_of
     from dptrain.parts import HOST, Parts
     from dptrain.v1 import parameter_server_pb2 as pb
@@ -81,22 +95,32 @@ def _work(servers: Sequence[tuple["Address", Any]], job: Job, processes: int, se
         processes=processes,
     )
     written = Written(encoding_of(parts.update.gradients.name), parts.update.layout.parameters)
-    lost, pause = time.monotonic(), _FIRST
+    lost, pause, patience = time.monotonic(), _FIRST, seconds
+    asking = min(_ASK_SECONDS, job.exchange.lease_seconds)
     try:
         for turn in itertools.count():
             address, channel = servers[turn % len(servers)]
             stub = Stub(channel)
             # The last that is left is waited for; of several that are, one is the chief.
             waits = len(servers) == 1
+            client = None
             try:
                 with told(address):
-                    joined = stub.join(request, timeout=seconds, wait_for_ready=waits)
+                    if not waits:
+                        # One that is stopped would keep a worker from finding the one that goes on.
+                        stub.get_job(pb.GetJobRequest(), timeout=asking)
+                    joined = stub.join(request, timeout=patience, wait_for_ready=waits)
                 here.who = f"worker {joined.membership.worker}"
-                client = Client(stub, joined.membership, here, job.exchange.lease_seconds, named, written)
+                stubs = stubs_of(joined.servers, [Stub(channel) for _, channel in servers], asking)
+                if stubs is None:
+                    raise Broken
+                cuts = segments(parts.update.layout.size, joined.segments)
+                client = Client(stubs, cuts, joined.membership, here, job.exchange.lease_seconds, named, written)
                 code = client.run()
             except Broken:
-                if client.begun:
+                if client is not None and client.begun:
                     lost, pause = time.monotonic(), _FIRST
+                    patience = seconds if waits else min(seconds, _ASK_SECONDS)
             except (UnreachableError, BusyError):
                 pass
             else:

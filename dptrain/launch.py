@@ -268,13 +268,14 @@ def over_hosts(name: str, environ: Mapping[str, str]) -> dict[str, str]:
     return {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": agent(environ)[0]}
 
 
-def crew(n: int, servers: int, argv: Sequence[str], *, together: bool) -> list[str]:
-    """The command line that starts a parameter server, of two a standby too, and ``n`` workers, without MPI.
+def crew(n: int, servers: int, standbys: int, argv: Sequence[str], *, together: bool) -> list[str]:
+    """The command line that starts parameter servers, so many of them with a segment, and ``n`` workers, without MPI.
 
     ``together``: one worker of ``n`` processes.
     """
     workers, processes = (1, n) if together else (n, 1)
-    return [sys.executable, "-P", "-m", "dptrain.crew", str(workers), str(processes), str(servers), *argv]
+    numbers = map(str, (workers, processes, servers, standbys))
+    return [sys.executable, "-P", "-m", "dptrain.crew", *numbers, *argv]
 
 
 def crew_over_nodes(nodes: Sequence[Host], data: str, argv: Sequence[str]) -> list[str]:

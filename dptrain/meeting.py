@@ -94,7 +94,7 @@ class Meeting:
     def _plain(self, dtype: npt.DTypeLike, rows: int) -> Exchange:
         if self.kind == "ps":
             from dptrain.exchange.parameter_server.exchange import ParameterServer
-            from dptrain.exchange.parameter_server.pair import Chief
+            from dptrain.exchange.parameter_server.servers import Chief
 
             assert isinstance(self.communicator, Chief)
             return ParameterServer(
@@ -105,6 +105,7 @@ class Meeting:
                 lease_seconds=self.wanted.lease_seconds,
                 deadline=self.wanted.deadline,
                 backup_workers=self.wanted.backup_workers,
+                servers=self.wanted.servers,
             )
         if self.kind == "solo":
             return Solo(self.communicator, self.membership, self.update, dtype, rows)

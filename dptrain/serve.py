@@ -24,8 +24,10 @@ def serve(
     job: Job,
     address: str,
     *,
+    servers: int = 1,
+    place: int | None = 0,
     standby: bool = False,
-    standby_of: str = "",
+    chief: str = "",
     calling: "Calling | None" = None,
     serving: "Serving | None" = None,
     ready: Callable[[str], None] | None = None,
@@ -34,38 +36,43 @@ def serve(
     """Train a complete job with the workers that join at ``address``; ``options`` are training.run's.
 
     However it ends, the workers that take part are told. ``ready`` is called with the address when they can connect.
-    With ``standby`` it waits for a server that follows it, with ``standby_of`` it is the one that follows the server
-    there, until that dies, and does then what it would have done.
+    It is server ``place`` of ``servers`` that have a segment each, or has none (None). All but the first are told where
+    that is, the ``chief``, which waits for them, and with ``standby`` for one more without a segment. When one dies the
+    others do what it would have done.
     """
-    job = replace(job, exchange=replace(job.exchange, type="ps"))
+    job = replace(job, exchange=replace(job.exchange, type="ps", servers=servers, standby=standby))
     arithmetic.choose(job.arithmetic.kernels, job.arithmetic.threads)
-    from dptrain.exchange.parameter_server.following import follow, followed
     from dptrain.exchange.parameter_server.hub import Hub
-    from dptrain.exchange.parameter_server.pair import Chief, Link, Pair
+    from dptrain.exchange.parameter_server.peers import Peers
+    from dptrain.exchange.parameter_server.servers import Chief, Servers
     from dptrain.exchange.parameter_server.servicer import Servicer
     from dptrain.training import run
-    from dptrain.v1 import parameter_server_pb2 as pb
     from dptrain.wire.address import parse
     from dptrain.wire.server import Server
 
     told = replace(job, directory=os.path.abspath(job.directory))
     hub = Hub(plain(told))
-    hub.stands_by = bool(standby_of)
-    link = Link(pb.FollowResponse) if standby else None
-    server = Server(parse(address), [Servicer(hub, _JOIN_SECONDS, link).service()], serving=serving)
-    hub.servers = [str(server.address)]
+    hub.stands_by = bool(chief)
+    deadline, silent = job.exchange.deadline, job.exchange.lease_seconds
+    others = 0 if chief else servers - 1 + standby
+    peers = Peers(hub, segments=servers, others=others, follows=bool(chief), silent_seconds=silent)
+    server = Server(parse(address), [Servicer(hub, _JOIN_SECONDS, peers).service()], serving=serving)
+    here = str(server.address)
+    hub.servers = [here]
     server.start()
     if ready is not None:
-        ready(str(server.address))
+        ready(here)
     code = 1
     try:
         with ExitStack() as left:
             communicator = Chief(hub)
-            if link is not None:
-                communicator = Pair(hub, followed(link, job.exchange.deadline), 0)
-                left.callback(link.leave, 0)
-            elif standby_of:
-                communicator = Pair(hub, left.enter_context(follow(parse(standby_of), calling)), 1)
+            if chief:
+                roster, links = left.enter_context(peers.join(parse(chief), place, here, calling, deadline))
+                job = replace(job, exchange=replace(job.exchange, servers=roster.segments))
+                communicator = Servers(hub, roster.number, links, silent)
+            elif others:
+                communicator = Servers(hub, 0, peers.gather(here, deadline), silent)
+            left.callback(communicator.leave, 0)
             left.push(lambda kind, error, trace: communicator.leave(exit_code(error)) if error is not None else None)
             result = run(job, communicator=communicator, **options)
         code = 0

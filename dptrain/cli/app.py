@@ -141,8 +141,12 @@ def run(
             "--exchange", metavar="TYPE", help="The same as --set exchange.type=TYPE. ps: a parameter server, no MPI."
         ),
     ] = None,
+    servers: Annotated[
+        int | None,
+        typer.Option("--servers", metavar="N", min=1, help="With --exchange ps: each adds up a segment. Default: 1."),
+    ] = None,
     standby: Annotated[
-        bool, typer.Option("--standby", help="With --exchange ps: a second server, which goes on when the first dies.")
+        bool, typer.Option("--standby", help="With --exchange ps: one more server, for when another dies.")
     ] = False,
 ) -> None:
     """Train a job. Under mpirun this is one worker; with -n it starts mpirun itself; with neither it is alone."""
@@ -151,6 +155,7 @@ def run(
     assignments = (
         *(sets or ()),
         *([f"exchange.type={exchange}"] if exchange is not None else []),
+        *([f"exchange.servers={servers}"] if servers is not None else []),
         *(["exchange.standby=true"] if standby else []),
     )
     asked = Request(job, assignments, n, run_dir, resume, progress.value, trace, max_restarts, hostfile)
@@ -171,9 +176,18 @@ def param_server(
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE", help="Write where the server's time goes.")
     ] = None,
-    standby: Annotated[bool, typer.Option("--standby", help="Wait for a server that follows this one.")] = False,
+    segment: Annotated[
+        str,
+        typer.Option(
+            "--segment", metavar="I/N", help="One of N servers with a segment each; 1/N waits for the others."
+        ),
+    ] = "",
+    chief: Annotated[
+        str, typer.Option("--chief", metavar="ADDR", help="With --segment 2/N to N/N: where the first one is.")
+    ] = "",
+    standby: Annotated[bool, typer.Option("--standby", help="Wait for one more server, without a segment.")] = False,
     standby_of: Annotated[
-        str, typer.Option("--standby-of", metavar="ADDR", help="Follow the server there, and go on when it dies.")
+        str, typer.Option("--standby-of", metavar="ADDR", help="Be that of the first server, there.")
     ] = "",
     tokens: access.Tokens = None,
     tls_cert: access.TlsCert = None,
@@ -182,13 +196,23 @@ def param_server(
     token_file: access.Token = None,
     tls_ca: access.TlsCa = None,
 ) -> None:
-    """Train a job with the workers that join: its parameter server. A standby shows itself as a worker does."""
+    """Train a job with the workers that join: its parameter server. Others show themselves to it as workers do."""
     from dptrain.cli.parameter_server import serve
     from dptrain.cli.run import Request
 
     asked = Request(job, tuple(sets or ()), None, run_dir, resume, progress.value, trace)
     kept = access.serving(tokens, tls_cert, tls_key, tls_clients)
-    serve(asked, listen, standby, standby_of, serving=kept, calling=access.calling(token_file, tls_ca))
+    calling = access.calling(token_file, tls_ca)
+    serve(
+        asked,
+        listen,
+        segment=segment,
+        chief=chief,
+        standby=standby,
+        standby_of=standby_of,
+        serving=kept,
+        calling=calling,
+    )
 
 
 @app.command(epilog="Example: [bold]dptrain worker --server unix:/tmp/ps.sock[/]")

@@ -136,15 +136,16 @@ def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
     # A wrong key is told here, once, before anything is started.
     job = load_job(job_path(request.job), request.sets, environ)
     exchange = job.exchange
-    servers = 0 if exchange.type != "ps" else 1 + exchange.standby
+    standbys = int(exchange.standby)
+    servers = 0 if exchange.type != "ps" else exchange.servers + standbys
     if servers and hosts and (NODES not in environ or servers > 1):
-        standby = NODES in environ
+        several = NODES in environ
         raise UsageError(
             "--hostfile",
-            expected="one parameter server" if standby else "an exchange over MPI",
-            found="exchange.standby" if standby else 'exchange.type = "ps", which no launch agent starts',
-            cure="leave the standby out: where the server dies the job goes on from its checkpoint"
-            if standby
+            expected="one parameter server" if several else "an exchange over MPI",
+            found=f"{servers}" if several else 'exchange.type = "ps", which no launch agent starts',
+            cure="leave exchange.servers and .standby out: where the server dies the job goes on from its checkpoint"
+            if several
             else "start `dptrain param-server` and, on each host, `dptrain worker --server ADDRESS`",
         )
     source = Path(job.directory, job.data.source).resolve()
@@ -176,7 +177,8 @@ def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
         if servers and hosts:
             return Start(launch.crew_over_nodes(spread(n, hosts), data, again.argv()[1:]), said, servers)
         if servers:
-            return Start(launch.crew(n, servers, again.argv()[1:], together=exchange.host_sum), said, servers)
+            line = launch.crew(n, exchange.servers, standbys, again.argv()[1:], together=exchange.host_sum)
+            return Start(line, said, servers)
         if not hosts:
             return Start(*launch.command(n, again.argv(), said, live=mode == "bar"), n)
         left = _answering(hosts, environ, first, tell)

@@ -365,8 +365,9 @@ class Exchange(Spec):
     messages go between machines only. ``segments``: messages everywhere. ``ps``: a parameter server over gRPC, without
     MPI. There a worker that gives no sign of life for ``lease_seconds`` loses its shards to others, and the
     ``backup_workers`` slowest shards of a step are computed twice; with ``host_sum`` the workers that are started
-    together on a machine add up there and send one sum. With ``standby`` a second server has every update before it
-    counts, and goes on when the first dies.
+    together on a machine add up there and send one sum. Each of several ``servers`` adds up a segment of the vector.
+    With ``standby`` there is one more, without a segment. Every server has every update before it counts, so that the
+    others go on when one dies.
     """
 
     type: Literal["auto", "solo", "node", "segments", "allreduce", "ps"] = "auto"
@@ -378,6 +379,7 @@ class Exchange(Spec):
     lease_seconds: Positive = 10.0
     backup_workers: Natural = 0
     host_sum: bool = True
+    servers: Count = 1
     standby: bool = False
 
 

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!dptrain/v1/parameter_server.proto\x12\ndptrain.v1\"8\n\nMembership\x12\x0b\n\x03job\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06worker\x18\x03 \x01(\r\"\xe0\x01\n\x05Place\x12*\n\nmembership\x18\x01 \x01(\x0b\x32\x16.dptrain.v1.Membership\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\r\n\x05lease\x18\x03 \x01(\x04\x12\x0f\n\x07segment\x18\x04 \x01(\r\x12\n\n\x02lo\x18\x05 \x01(\r\x12\n\n\x02hi\x18\x06 \x01(\r\x12\x0e\n\x06offset\x18\x07 \x01(\x04\x12\r\n\x05total\x18\x08 \x01(\x04\x12&\n\x08\x65ncoding\x18\t \x01(\x0e\x32\x14.dptrain.v1.Encoding\x12\x10\n\x08\x63hecksum\x18\n \x01(\x06\x12\x0c\n\x04\x62\x65st\x18\x0b \x01(\x08\"\x0f\n\rGetJobRequest\"B\n\x0eGetJobResponse\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\x12\n\njob_number\x18\x02 \x01(\x06\x12\x0f\n\x07servers\x18\x03 \x03(\t\"\x80\x01\n\x0bJoinRequest\x12\x12\n\njob_sha256\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x61ta_digest\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\narithmetic\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x11\n\tprocesses\x18\x06 \x01(\r\"H\n\x0cJoinResponse\x12*\n\nmembership\x18\x01 \x01(\x0b\x32\x16.dptrain.v1.Membership\x12\x0c\n\x04step\x18\x02 \x01(\x04\":\n\x0cLeaveRequest\x12*\n\nmembership\x18\x01 \x01(\x0b\x32\x16.dptrain.v1.Membership\"\x0f\n\rLeaveResponse\"\xd7\x01\n\x0bWorkRequest\x12*\n\nmembership\x18\x01 \x01(\x0b\x32\x16.dptrain.v1.Membership\x12$\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x12.dptrain.v1.AnswerH\x00\x12$\n\x06\x62locks\x18\x03 \x01(\x0b\x32\x12.dptrain.v1.BlocksH\x00\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x13.dptrain.v1.FailureH\x00\x12 \n\x04sign\x18\x05 \x01(\x0b\x32\x10.dptrain.v1.SignH\x00\x42\x06\n\x04said\"\xa1\x01\n\x06\x41nswer\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0f\n\x07tallies\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x14\n\x0cwait_seconds\x18\x04 \x01(\x01\x12\x19\n\x11peak_memory_bytes\x18\x05 \x01(\x04\x12-\n\tprocesses\x18\x06 \x03(\x0b\x32\x1a.dptrain.v1.ProcessFigures\"\x8c\x01\n\x0eProcessFigures\x12\x0f\n\x07process\x18\x01 \x01(\r\x12\x17\n\x0f\x63ompute_seconds\x18\x02 \x01(\x01\x12\x14\n\x0cwait_seconds\x18\x03 \x01(\x01\x12\x17\n\x0fshards_computed\x18\x04 \x01(\x04\x12\x11\n\trows_read\x18\x05 \x01(\x04\x12\x0e\n\x06starts\x18\x06 \x01(\r\"%\n\x06\x42locks\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0c\n\x04sums\x18\x02 \x01(\x0c\"v\n\x07\x46\x61ilure\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05where\x18\x02 \x01(\t\x12\x10\n\x08\x65xpected\x18\x03 \x01(\t\x12\r\n\x05\x66ound\x18\x04 \x01(\t\x12\x0c\n\x04\x63ure\x18\x05 \x01(\t\x12\x0c\n\x04\x63ode\x18\x06 \x01(\r\x12\x11\n\ttraceback\x18\x07 \x01(\t\"\x14\n\x04Sign\x12\x0c\n\x04\x62\x65\x61t\x18\x01 \x01(\x04\"\xb4\x01\n\x0cWorkResponse\x12*\n\nmembership\x18\x01 \x01(\x0b\x32\x16.dptrain.v1.Membership\x12&\n\x07\x63ompute\x18\x02 \x01(\x0b\x32\x13.dptrain.v1.ComputeH\x00\x12(\n\x08\x65valuate\x18\x03 \x01(\x0b\x32\x14.dptrain.v1.EvaluateH\x00\x12\x1e\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x0f.dptrain.v1.EndH\x00\x42\x06\n\x04task\">\n\x07\x43ompute\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\n\n\x02lo\x18\x03 \x01(\r\x12\n\n\x02hi\x18\x04 \x01(\r\"[\n\x08\x45valuate\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04part\x18\x03 \x01(\t\x12\n\n\x02lo\x18\x04 \x01(\x04\x12\n\n\x02hi\x18\x05 \x01(\x04\x12\x0c\n\x04\x62\x65st\x18\x06 \x01(\x08\"\x13\n\x03\x45nd\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\"=\n\x0bPushRequest\x12 \n\x05place\x18\x01 \x01(\x0b\x32\x11.dptrain.v1.Place\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"S\n\x0cPushResponse\x12\r\n\x05lease\x18\x01 \x01(\x04\x12$\n\x07outcome\x18\x02 \x01(\x0e\x32\x13.dptrain.v1.Outcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\"9\n\x0bPullRequest\x12*\n\nmembership\x18\x01 \x01(\x0b\x32\x16.dptrain.v1.Membership\">\n\x0cPullResponse\x12 \n\x05place\x18\x01 \x01(\x0b\x32\x11.dptrain.v1.Place\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"^\n\rFollowRequest\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x0f\n\x07leaving\x18\x05 \x01(\r\"_\n\x0e\x46ollowResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x0f\n\x07leaving\x18\x05 \x01(\r*x\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x45NCODING_RAW\x10\x01\x12\x15\n\x11\x45NCODING_BFLOAT16\x10\x02\x12\x14\n\x10\x45NCODING_FLOAT16\x10\x03\x12\x13\n\x0f\x45NCODING_SPARSE\x10\x04*w\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_COMPLETE\x10\x01\x12\x15\n\x11OUTCOME_DUPLICATE\x10\x02\x12\x11\n\rOUTCOME_STALE\x10\x03\x12\x13\n\x0fOUTCOME_REFUSED\x10\x04\x32\xd4\x03\n\x16ParameterServerService\x12?\n\x06GetJob\x12\x19.dptrain.v1.GetJobRequest\x1a\x1a.dptrain.v1.GetJobResponse\x12\x39\n\x04Join\x12\x17.dptrain.v1.JoinRequest\x1a\x18.dptrain.v1.JoinResponse\x12<\n\x05Leave\x12\x18.dptrain.v1.LeaveRequest\x1a\x19.dptrain.v1.LeaveResponse\x12=\n\x04Work\x12\x17.dptrain.v1.WorkRequest\x1a\x18.dptrain.v1.WorkResponse(\x01\x30\x01\x12=\n\x04Push\x12\x17.dptrain.v1.PushRequest\x1a\x18.dptrain.v1.PushResponse(\x01\x30\x01\x12=\n\x04Pull\x12\x17.dptrain.v1.PullRequest\x1a\x18.dptrain.v1.PullResponse(\x01\x30\x01\x12\x43\n\x06\x46ollow\x12\x19.dptrain.v1.FollowRequest\x1a\x1a.dptrain.v1.FollowResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!dptrain/v1/parameter_server.proto\x12\ndptrain.v1\"8\n\nMembership\x12\x0b\n\x03job\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06worker\x18\x03 \x01(\r\"\xe0\x01\n\x05Place\x12*\n\nmembership\x18\x01 \x01(\x0b\x32\x16.dptrain.v1.Membership\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\r\n\x05lease\x18\x03 \x01(\x04\x12\x0f\n\x07segment\x18\x04 \x01(\r\x12\n\n\x02lo\x18\x05 \x01(\r\x12\n\n\x02hi\x18\x06 \x01(\r\x12\x0e\n\x06offset\x18\x07 \x01(\x04\x12\r\n\x05total\x18\x08 \x01(\x04\x12&\n\x08\x65ncoding\x18\t \x01(\x0e\x32\x14.dptrain.v1.Encoding\x12\x10\n\x08\x63hecksum\x18\n \x01(\x06\x12\x0c\n\x04\x62\x65st\x18\x0b \x01(\x08\"\x0f\n\rGetJobRequest\"R\n\x0eGetJobResponse\x12\x0b\n\x03job\x18\x01 \x01(\x0c\x12\x12\n\njob_number\x18\x02 \x01(\x06\x12\x0f\n\x07servers\x18\x03 \x03(\t\x12\x0e\n\x06number\x18\x04 \x01(\r\"\x80\x01\n\x0bJoinRequest\x12\x12\n\njob_sha256\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x61ta_digest\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\narithmetic\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x11\n\tprocesses\x18\x06 \x01(\r\"k\n\x0cJoinResponse\x12*\n\nmembership\x18\x01 \x01(\x0b\x32\x16.dptrain.v1.Membership\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0f\n\x07servers\x18\x03 \x03(\r\x12\x10\n\x08segments\x18\x04 \x01(\r\":\n\x0cLeaveRequest\x12*\n\nmembership\x18\x01 \x01(\x0b\x32\x16.dptrain.v1.Membership\"\x0f\n\rLeaveResponse\"\xd7\x01\n\x0bWorkRequest\x12*\n\nmembership\x18\x01 \x01(\x0b\x32\x16.dptrain.v1.Membership\x12$\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x12.dptrain.v1.AnswerH\x00\x12$\n\x06\x62locks\x18\x03 \x01(\x0b\x32\x12.dptrain.v1.BlocksH\x00\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x13.dptrain.v1.FailureH\x00\x12 \n\x04sign\x18\x05 \x01(\x0b\x32\x10.dptrain.v1.SignH\x00\x42\x06\n\x04said\"\xa1\x01\n\x06\x41nswer\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0f\n\x07tallies\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x14\n\x0cwait_seconds\x18\x04 \x01(\x01\x12\x19\n\x11peak_memory_bytes\x18\x05 \x01(\x04\x12-\n\tprocesses\x18\x06 \x03(\x0b\x32\x1a.dptrain.v1.ProcessFigures\"\x8c\x01\n\x0eProcessFigures\x12\x0f\n\x07process\x18\x01 \x01(\r\x12\x17\n\x0f\x63ompute_seconds\x18\x02 \x01(\x01\x12\x14\n\x0cwait_seconds\x18\x03 \x01(\x01\x12\x17\n\x0fshards_computed\x18\x04 \x01(\x04\x12\x11\n\trows_read\x18\x05 \x01(\x04\x12\x0e\n\x06starts\x18\x06 \x01(\r\"%\n\x06\x42locks\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0c\n\x04sums\x18\x02 \x01(\x0c\"v\n\x07\x46\x61ilure\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05where\x18\x02 \x01(\t\x12\x10\n\x08\x65xpected\x18\x03 \x01(\t\x12\r\n\x05\x66ound\x18\x04 \x01(\t\x12\x0c\n\x04\x63ure\x18\x05 \x01(\t\x12\x0c\n\x04\x63ode\x18\x06 \x01(\r\x12\x11\n\ttraceback\x18\x07 \x01(\t\"\x14\n\x04Sign\x12\x0c\n\x04\x62\x65\x61t\x18\x01 \x01(\x04\"\xb4\x01\n\x0cWorkResponse\x12*\n\nmembership\x18\x01 \x01(\x0b\x32\x16.dptrain.v1.Membership\x12&\n\x07\x63ompute\x18\x02 \x01(\x0b\x32\x13.dptrain.v1.ComputeH\x00\x12(\n\x08\x65valuate\x18\x03 \x01(\x0b\x32\x14.dptrain.v1.EvaluateH\x00\x12\x1e\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x0f.dptrain.v1.EndH\x00\x42\x06\n\x04task\">\n\x07\x43ompute\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\n\n\x02lo\x18\x03 \x01(\r\x12\n\n\x02hi\x18\x04 \x01(\r\"[\n\x08\x45valuate\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04part\x18\x03 \x01(\t\x12\n\n\x02lo\x18\x04 \x01(\x04\x12\n\n\x02hi\x18\x05 \x01(\x04\x12\x0c\n\x04\x62\x65st\x18\x06 \x01(\x08\"\x13\n\x03\x45nd\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\"=\n\x0bPushRequest\x12 \n\x05place\x18\x01 \x01(\x0b\x32\x11.dptrain.v1.Place\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"{\n\x0cPushResponse\x12\r\n\x05lease\x18\x01 \x01(\x04\x12$\n\x07outcome\x18\x02 \x01(\x0e\x32\x13.dptrain.v1.Outcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\n\n\x02lo\x18\x04 \x01(\r\x12\n\n\x02hi\x18\x05 \x01(\r\x12\x0e\n\x06offset\x18\x06 \x01(\x04\"9\n\x0bPullRequest\x12*\n\nmembership\x18\x01 \x01(\x0b\x32\x16.dptrain.v1.Membership\">\n\x0cPullResponse\x12 \n\x05place\x18\x01 \x01(\x0b\x32\x11.dptrain.v1.Place\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x93\x01\n\rFollowRequest\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x0f\n\x07leaving\x18\x05 \x01(\r\x12\x0f\n\x07meeting\x18\x06 \x01(\x08\x12\"\n\x06notice\x18\x07 \x01(\x0b\x32\x12.dptrain.v1.Notice\"\x94\x01\n\x0e\x46ollowResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x0f\n\x07leaving\x18\x05 \x01(\r\x12\x0f\n\x07meeting\x18\x06 \x01(\x08\x12\"\n\x06notice\x18\x07 \x01(\x0b\x32\x12.dptrain.v1.Notice\"\xa4\x01\n\x06Notice\x12\x0b\n\x03\x65ra\x18\x01 \x01(\x04\x12(\n\x06joined\x18\x02 \x01(\x0b\x32\x16.dptrain.v1.MembershipH\x00\x12\x0e\n\x04lost\x18\x03 \x01(\rH\x00\x12&\n\x07granted\x18\x04 \x01(\x0b\x32\x13.dptrain.v1.GrantedH\x00\x12\x0f\n\x05whole\x18\x05 \x01(\x04H\x00\x12\x12\n\nnot_finite\x18\x06 \x01(\x08\x42\x06\n\x04what\"]\n\x07Granted\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\n\n\x02lo\x18\x05 \x01(\r\x12\n\n\x02hi\x18\x06 \x01(\r*x\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x45NCODING_RAW\x10\x01\x12\x15\n\x11\x45NCODING_BFLOAT16\x10\x02\x12\x14\n\x10\x45NCODING_FLOAT16\x10\x03\x12\x13\n\x0f\x45NCODING_SPARSE\x10\x04*\x8c\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_COMPLETE\x10\x01\x12\x15\n\x11OUTCOME_DUPLICATE\x10\x02\x12\x11\n\rOUTCOME_STALE\x10\x03\x12\x13\n\x0fOUTCOME_REFUSED\x10\x04\x12\x13\n\x0fOUTCOME_DAMAGED\x10\x05\x32\xd4\x03\n\x16ParameterServerService\x12?\n\x06GetJob\x12\x19.dptrain.v1.GetJobRequest\x1a\x1a.dptrain.v1.GetJobResponse\x12\x39\n\x04Join\x12\x17.dptrain.v1.JoinRequest\x1a\x18.dptrain.v1.JoinResponse\x12<\n\x05Leave\x12\x18.dptrain.v1.LeaveRequest\x1a\x19.dptrain.v1.LeaveResponse\x12=\n\x04Work\x12\x17.dptrain.v1.WorkRequest\x1a\x18.dptrain.v1.WorkResponse(\x01\x30\x01\x12=\n\x04Push\x12\x17.dptrain.v1.PushRequest\x1a\x18.dptrain.v1.PushResponse(\x01\x30\x01\x12=\n\x04Pull\x12\x17.dptrain.v1.PullRequest\x1a\x18.dptrain.v1.PullResponse(\x01\x30\x01\x12\x43\n\x06\x46ollow\x12\x19.dptrain.v1.FollowRequest\x1a\x1a.dptrain.v1.FollowResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dptrain.v1.parameter_server_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODING']._serialized_start=2232
-  _globals['_ENCODING']._serialized_end=2352
-  _globals['_OUTCOME']._serialized_start=2354
-  _globals['_OUTCOME']._serialized_end=2473
+  _globals['_ENCODING']._serialized_start=2693
+  _globals['_ENCODING']._serialized_end=2813
+  _globals['_OUTCOME']._serialized_start=2816
+  _globals['_OUTCOME']._serialized_end=2956
   _globals['_MEMBERSHIP']._serialized_start=49
   _globals['_MEMBERSHIP']._serialized_end=105
   _globals['_PLACE']._serialized_start=108
@@ -42,47 +42,51 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETJOBREQUEST']._serialized_start=334
   _globals['_GETJOBREQUEST']._serialized_end=349
   _globals['_GETJOBRESPONSE']._serialized_start=351
-  _globals['_GETJOBRESPONSE']._serialized_end=417
-  _globals['_JOINREQUEST']._serialized_start=420
-  _globals['_JOINREQUEST']._serialized_end=548
-  _globals['_JOINRESPONSE']._serialized_start=550
-  _globals['_JOINRESPONSE']._serialized_end=622
-  _globals['_LEAVEREQUEST']._serialized_start=624
-  _globals['_LEAVEREQUEST']._serialized_end=682
-  _globals['_LEAVERESPONSE']._serialized_start=684
-  _globals['_LEAVERESPONSE']._serialized_end=699
-  _globals['_WORKREQUEST']._serialized_start=702
-  _globals['_WORKREQUEST']._serialized_end=917
-  _globals['_ANSWER']._serialized_start=920
-  _globals['_ANSWER']._serialized_end=1081
-  _globals['_PROCESSFIGURES']._serialized_start=1084
-  _globals['_PROCESSFIGURES']._serialized_end=1224
-  _globals['_BLOCKS']._serialized_start=1226
-  _globals['_BLOCKS']._serialized_end=1263
-  _globals['_FAILURE']._serialized_start=1265
-  _globals['_FAILURE']._serialized_end=1383
-  _globals['_SIGN']._serialized_start=1385
-  _globals['_SIGN']._serialized_end=1405
-  _globals['_WORKRESPONSE']._serialized_start=1408
-  _globals['_WORKRESPONSE']._serialized_end=1588
-  _globals['_COMPUTE']._serialized_start=1590
-  _globals['_COMPUTE']._serialized_end=1652
-  _globals['_EVALUATE']._serialized_start=1654
-  _globals['_EVALUATE']._serialized_end=1745
-  _globals['_END']._serialized_start=1747
-  _globals['_END']._serialized_end=1766
-  _globals['_PUSHREQUEST']._serialized_start=1768
-  _globals['_PUSHREQUEST']._serialized_end=1829
-  _globals['_PUSHRESPONSE']._serialized_start=1831
-  _globals['_PUSHRESPONSE']._serialized_end=1914
-  _globals['_PULLREQUEST']._serialized_start=1916
-  _globals['_PULLREQUEST']._serialized_end=1973
-  _globals['_PULLRESPONSE']._serialized_start=1975
-  _globals['_PULLRESPONSE']._serialized_end=2037
-  _globals['_FOLLOWREQUEST']._serialized_start=2039
-  _globals['_FOLLOWREQUEST']._serialized_end=2133
-  _globals['_FOLLOWRESPONSE']._serialized_start=2135
-  _globals['_FOLLOWRESPONSE']._serialized_end=2230
-  _globals['_PARAMETERSERVERSERVICE']._serialized_start=2476
-  _globals['_PARAMETERSERVERSERVICE']._serialized_end=2944
+  _globals['_GETJOBRESPONSE']._serialized_end=433
+  _globals['_JOINREQUEST']._serialized_start=436
+  _globals['_JOINREQUEST']._serialized_end=564
+  _globals['_JOINRESPONSE']._serialized_start=566
+  _globals['_JOINRESPONSE']._serialized_end=673
+  _globals['_LEAVEREQUEST']._serialized_start=675
+  _globals['_LEAVEREQUEST']._serialized_end=733
+  _globals['_LEAVERESPONSE']._serialized_start=735
+  _globals['_LEAVERESPONSE']._serialized_end=750
+  _globals['_WORKREQUEST']._serialized_start=753
+  _globals['_WORKREQUEST']._serialized_end=968
+  _globals['_ANSWER']._serialized_start=971
+  _globals['_ANSWER']._serialized_end=1132
+  _globals['_PROCESSFIGURES']._serialized_start=1135
+  _globals['_PROCESSFIGURES']._serialized_end=1275
+  _globals['_BLOCKS']._serialized_start=1277
+  _globals['_BLOCKS']._serialized_end=1314
+  _globals['_FAILURE']._serialized_start=1316
+  _globals['_FAILURE']._serialized_end=1434
+  _globals['_SIGN']._serialized_start=1436
+  _globals['_SIGN']._serialized_end=1456
+  _globals['_WORKRESPONSE']._serialized_start=1459
+  _globals['_WORKRESPONSE']._serialized_end=1639
+  _globals['_COMPUTE']._serialized_start=1641
+  _globals['_COMPUTE']._serialized_end=1703
+  _globals['_EVALUATE']._serialized_start=1705
+  _globals['_EVALUATE']._serialized_end=1796
+  _globals['_END']._serialized_start=1798
+  _globals['_END']._serialized_end=1817
+  _globals['_PUSHREQUEST']._serialized_start=1819
+  _globals['_PUSHREQUEST']._serialized_end=1880
+  _globals['_PUSHRESPONSE']._serialized_start=1882
+  _globals['_PUSHRESPONSE']._serialized_end=2005
+  _globals['_PULLREQUEST']._serialized_start=2007
+  _globals['_PULLREQUEST']._serialized_end=2064
+  _globals['_PULLRESPONSE']._serialized_start=2066
+  _globals['_PULLRESPONSE']._serialized_end=2128
+  _globals['_FOLLOWREQUEST']._serialized_start=2131
+  _globals['_FOLLOWREQUEST']._serialized_end=2278
+  _globals['_FOLLOWRESPONSE']._serialized_start=2281
+  _globals['_FOLLOWRESPONSE']._serialized_end=2429
+  _globals['_NOTICE']._serialized_start=2432
+  _globals['_NOTICE']._serialized_end=2596
+  _globals['_GRANTED']._serialized_start=2598
+  _globals['_GRANTED']._serialized_end=2691
+  _globals['_PARAMETERSERVERSERVICE']._serialized_start=2959
+  _globals['_PARAMETERSERVERSERVICE']._serialized_end=3427
 # @@protoc_insertion_point(module_scope)

@@ -67,6 +67,8 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     """It is of a lease, a membership or a job that doesn't count any more."""
     OUTCOME_REFUSED: _Outcome.ValueType  # 4
     """It is malformed."""
+    OUTCOME_DAMAGED: _Outcome.ValueType  # 5
+    """Its bytes are not those that its checksum is of: it is to be sent again."""
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
     """What became of a chunk."""
@@ -81,6 +83,8 @@ OUTCOME_STALE: Outcome.ValueType  # 3
 """It is of a lease, a membership or a job that doesn't count any more."""
 OUTCOME_REFUSED: Outcome.ValueType  # 4
 """It is malformed."""
+OUTCOME_DAMAGED: Outcome.ValueType  # 5
+"""Its bytes are not those that its checksum is of: it is to be sent again."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 @_typing.final
@@ -203,13 +207,16 @@ class GetJobResponse(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     JOB_NUMBER_FIELD_NUMBER: _builtins.int
     SERVERS_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     job: _builtins.bytes
     """The complete job, as JSON."""
     job_number: _builtins.int
     """The first eight bytes of the job's SHA-256; 0 while the server does not know it yet."""
+    number: _builtins.int
+    """The number of the server that answers, by which a membership names it."""
     @_builtins.property
     def servers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The servers in order of their segments, the chief first, as the chief calls them."""
+        """The servers, the first chief first, as that one calls them."""
 
     def __init__(
         self,
@@ -217,10 +224,11 @@ class GetJobResponse(_message.Message):
         job: _builtins.bytes = ...,
         job_number: _builtins.int = ...,
         servers: _abc.Iterable[_builtins.str] | None = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "job_number", b"job_number", "servers", b"servers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "job_number", b"job_number", "number", b"number", "servers", b"servers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -276,21 +284,31 @@ class JoinResponse(_message.Message):
 
     MEMBERSHIP_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    SERVERS_FIELD_NUMBER: _builtins.int
+    SEGMENTS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The steps done so far."""
+    segments: _builtins.int
+    """How many segments the vector is cut into."""
     @_builtins.property
     def membership(self) -> Global___Membership:
         """To be in every message."""
+
+    @_builtins.property
+    def servers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The numbers of the servers, the chief first. The first of them have a segment each, in order."""
 
     def __init__(
         self,
         *,
         membership: Global___Membership | None = ...,
         step: _builtins.int = ...,
+        servers: _abc.Iterable[_builtins.int] | None = ...,
+        segments: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["membership", b"membership"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["membership", b"membership", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["membership", b"membership", "segments", b"segments", "servers", b"servers", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -746,22 +764,34 @@ class PushResponse(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    LO_FIELD_NUMBER: _builtins.int
+    HI_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
     lease: _builtins.int
     """The chunk's lease."""
     outcome: Global___Outcome.ValueType
     """What became of it."""
     reason: _builtins.str
     """Why, for people."""
+    lo: _builtins.int
+    """Of a damaged chunk: the node of the canonical tree, and the chunk's first element in the segment."""
+    hi: _builtins.int
+    """See lo."""
+    offset: _builtins.int
+    """See lo."""
     def __init__(
         self,
         *,
         lease: _builtins.int = ...,
         outcome: Global___Outcome.ValueType = ...,
         reason: _builtins.str = ...,
+        lo: _builtins.int = ...,
+        hi: _builtins.int = ...,
+        offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "outcome", b"outcome", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hi", b"hi", "lease", b"lease", "lo", b"lo", "offset", b"offset", "outcome", b"outcome", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -821,7 +851,7 @@ Global___PullResponse: _TypeAlias = PullResponse  # noqa: Y015
 
 @_typing.final
 class FollowRequest(_message.Message):
-    """A part of something that the standby tells the chief."""
+    """A part of something that the server which connected says."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -830,6 +860,8 @@ class FollowRequest(_message.Message):
     CHECKSUM_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    MEETING_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """The message's number on this stream, from 0 on."""
     data: _builtins.bytes
@@ -840,6 +872,12 @@ class FollowRequest(_message.Message):
     """Whether it ends here."""
     leaving: _builtins.int
     """Not 0: the sender leaves with this code."""
+    meeting: _builtins.bool
+    """It is said in a meeting of those that live: what was said before and not heard yet counts no more."""
+    @_builtins.property
+    def notice(self) -> Global___Notice:
+        """Nothing of the above, but what has to be known at once."""
+
     def __init__(
         self,
         *,
@@ -848,10 +886,12 @@ class FollowRequest(_message.Message):
         checksum: _builtins.int = ...,
         last: _builtins.bool = ...,
         leaving: _builtins.int = ...,
+        meeting: _builtins.bool = ...,
+        notice: Global___Notice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["notice", b"notice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "data", b"data", "last", b"last", "leaving", b"leaving", "number", b"number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "data", b"data", "last", b"last", "leaving", b"leaving", "meeting", b"meeting", "notice", b"notice", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -859,7 +899,7 @@ Global___FollowRequest: _TypeAlias = FollowRequest  # noqa: Y015
 
 @_typing.final
 class FollowResponse(_message.Message):
-    """A part of something that the chief tells its standby."""
+    """A part of something that the other server says."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -868,6 +908,8 @@ class FollowResponse(_message.Message):
     CHECKSUM_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    MEETING_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """See FollowRequest."""
     data: _builtins.bytes
@@ -878,6 +920,12 @@ class FollowResponse(_message.Message):
     """See FollowRequest."""
     leaving: _builtins.int
     """See FollowRequest."""
+    meeting: _builtins.bool
+    """See FollowRequest."""
+    @_builtins.property
+    def notice(self) -> Global___Notice:
+        """See FollowRequest."""
+
     def __init__(
         self,
         *,
@@ -886,11 +934,103 @@ class FollowResponse(_message.Message):
         checksum: _builtins.int = ...,
         last: _builtins.bool = ...,
         leaving: _builtins.int = ...,
+        meeting: _builtins.bool = ...,
+        notice: Global___Notice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["notice", b"notice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "data", b"data", "last", b"last", "leaving", b"leaving", "number", b"number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "data", b"data", "last", b"last", "leaving", b"leaving", "meeting", b"meeting", "notice", b"notice", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FollowResponse: _TypeAlias = FollowResponse  # noqa: Y015
+
+@_typing.final
+class Notice(_message.Message):
+    """What servers tell each other beside what they say in turn. Without content it is a sign of life."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ERA_FIELD_NUMBER: _builtins.int
+    JOINED_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    GRANTED_FIELD_NUMBER: _builtins.int
+    WHOLE_FIELD_NUMBER: _builtins.int
+    NOT_FINITE_FIELD_NUMBER: _builtins.int
+    era: _builtins.int
+    """How many meetings there were before; what is of another time than the hearer's waits, or is over."""
+    lost: _builtins.int
+    """The worker of this number does no more."""
+    whole: _builtins.int
+    """All chunks of this lease have come to the server that says so."""
+    not_finite: _builtins.bool
+    """Of what is whole: not all of it is finite."""
+    @_builtins.property
+    def joined(self) -> Global___Membership:
+        """A worker takes part from now on."""
+
+    @_builtins.property
+    def granted(self) -> Global___Granted:
+        """A worker was given shards: chunks of its partials come to all servers."""
+
+    def __init__(
+        self,
+        *,
+        era: _builtins.int = ...,
+        joined: Global___Membership | None = ...,
+        lost: _builtins.int = ...,
+        granted: Global___Granted | None = ...,
+        whole: _builtins.int = ...,
+        not_finite: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted", "joined", b"joined", "lost", b"lost", "what", b"what", "whole", b"whole"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["era", b"era", "granted", b"granted", "joined", b"joined", "lost", b"lost", "not_finite", b"not_finite", "what", b"what", "whole", b"whole"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["joined", "lost", "granted", "whole"]  # noqa: Y015
+    _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
+
+Global___Notice: _TypeAlias = Notice  # noqa: Y015
+
+@_typing.final
+class Granted(_message.Message):
+    """A lease, as servers have to know it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    LO_FIELD_NUMBER: _builtins.int
+    HI_FIELD_NUMBER: _builtins.int
+    lease: _builtins.int
+    """Its number."""
+    worker: _builtins.int
+    """The worker's number."""
+    count: _builtins.int
+    """Which of the worker's leases of this step it is, from 1 on."""
+    step: _builtins.int
+    """The step."""
+    lo: _builtins.int
+    """Shards lo to hi."""
+    hi: _builtins.int
+    """See lo."""
+    def __init__(
+        self,
+        *,
+        lease: _builtins.int = ...,
+        worker: _builtins.int = ...,
+        count: _builtins.int = ...,
+        step: _builtins.int = ...,
+        lo: _builtins.int = ...,
+        hi: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "hi", b"hi", "lease", b"lease", "lo", b"lo", "step", b"step", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Granted: _TypeAlias = Granted  # noqa: Y015

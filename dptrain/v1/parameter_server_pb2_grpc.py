@@ -125,7 +125,7 @@ class ParameterServerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Follow(self, request_iterator, context):
-        """What a chief and its standby tell each other, in the same order on both sides.
+        """What two servers of a run tell each other, in the same order on both sides, and notices beside it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -33,7 +33,7 @@ class ParameterServerServiceStub:
     Pull: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.PullRequest, _parameter_server_pb2.PullResponse]
     """Chunks of the weights, from now on as soon as they are committed."""
     Follow: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.FollowRequest, _parameter_server_pb2.FollowResponse]
-    """What a chief and its standby tell each other, in the same order on both sides."""
+    """What two servers of a run tell each other, in the same order on both sides, and notices beside it."""
 
 class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Workers that compute partials of gradients, and servers that add them up, update the weights and hand them out.
@@ -96,6 +96,6 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _abc.Iterator[_parameter_server_pb2.FollowRequest],
         context: _grpc.ServicerContext,
     ) -> _abc.Iterator[_parameter_server_pb2.FollowResponse]:
-        """What a chief and its standby tell each other, in the same order on both sides."""
+        """What two servers of a run tell each other, in the same order on both sides, and notices beside it."""
 
 def add_ParameterServerServiceServicer_to_server(servicer: ParameterServerServiceServicer, server: _grpc.Server) -> None: ...

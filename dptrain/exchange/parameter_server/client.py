@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from dptrain.exchange.parameter_server.compute import Compute
 from dptrain.exchange.parameter_server.service import SERVICE
 from dptrain.layout import Array
 from dptrain.nn.accumulate import Partials
+from dptrain.tree import Node
 from dptrain.v1 import parameter_server_pb2 as pb
 
 Name = Callable[[BaseException, int, int, str], DptrainError]
@@ -33,6 +34,9 @@ _LAST_WORD = 2.0
 
 _SIGNS = 4
 """How often within a lease's seconds a worker may give a sign."""
+
+_LOOK = 0.25
+"""Seconds of a wait for a server after which it is a sign of life that it goes on."""
 
 
 class Stub:
@@ -60,6 +64,17 @@ class Stub:
         )
 
 
+def stubs_of(numbers: Sequence[int], stubs: Sequence[Stub], seconds: float) -> list[Stub] | None:
+    """The servers of these numbers, in their order; None where one of them doesn't answer within so many seconds."""
+    found: dict[int, Stub] = {}
+    for stub in stubs:
+        if found.keys() >= set(numbers):
+            break
+        with contextlib.suppress(grpc.RpcError):
+            found[stub.get_job(pb.GetJobRequest(), timeout=seconds).number] = stub
+    return [found[number] for number in numbers] if found.keys() >= set(numbers) else None
+
+
 class Broken(Exception):
     """The way to the server is lost, or this worker is no member any more."""
 
@@ -80,45 +95,70 @@ class _Sending:
         return message() if callable(message) else message
 
 
+Version = tuple[int, bool]
+"""The number of steps that led to weights, and whether they are the best ones."""
+
+
+class Damaged(Exception):
+    """The bytes of a chunk are not those that its checksum is of."""
+
+
+class _Arriving:
+    """Elements lo to hi of the weights: the version that is on its way, and what is missing of it."""
+
+    def __init__(self, lo: int, hi: int, itemsize: int) -> None:
+        self.lo, self.size = lo, hi - lo
+        self.cuts = dict(cuts(self.size, itemsize))
+        self.version: Version | None = None
+        self.missing: set[int] = set()
+
+    def whole(self, version: Version) -> bool:
+        return not self.size or (self.version == version and not self.missing)
+
+
 class Weights:
-    """The vector that is computed with, as it arrives: chunks of one version after the other.
+    """The vector that is computed with, as its ``segments`` arrive: chunks of one version after the other.
 
     Nothing is written while something is computed with it.
     """
 
-    def __init__(self, vector: Array, job: int) -> None:
+    def __init__(self, vector: Array, job: int, segments: Sequence[tuple[int, int]]) -> None:
         self.vector = vector
         self.lock = threading.Condition()
-        self.version: tuple[int, bool] | None = None
         self._job = job
-        self._arriving: tuple[int, bool] | None = None
-        self._cuts = dict(cuts(len(vector), vector.dtype.itemsize))
-        self._missing: set[int] = set()
-        self.broken = False
+        self._segments = [_Arriving(lo, hi, vector.dtype.itemsize) for lo, hi in segments]
+        self.broken = self.over = False
+        self.waits = 0
 
-    def take(self, piece: Piece) -> None:
-        """A chunk. Raises RefusedError where it can't be one of these weights."""
+    def take(self, segment: int, piece: Piece) -> None:
+        """A chunk. Raises RefusedError where it can't be one of these weights, Damaged where it arrived as another."""
         place = piece.place
-        stop = self._cuts.get(place.offset)
-        itemsize = self.vector.dtype.itemsize
+        arriving = self._segments[segment]
+        stop = arriving.cuts.get(place.offset)
         if (
             stop is None
-            or place.total != len(self.vector)
+            or place.segment != segment
+            or place.total != arriving.size
             or place.membership.job != self._job
             or place.encoding != pb.ENCODING_RAW
-            or len(piece.data) != (stop - place.offset) * itemsize
-            or codec.checksum(piece.data) != place.checksum
+            or len(piece.data) != (stop - place.offset) * self.vector.dtype.itemsize
         ):
             raise RefusedError("the weights", expected="a chunk of them", found="something else", cure="join again")
+        if codec.checksum(piece.data) != place.checksum:
+            raise Damaged
         version = (place.step, place.best)
         with self.lock:
-            if version != self._arriving:
-                self.version, self._arriving, self._missing = None, version, set(self._cuts)
-            elements(piece, self.vector[place.offset : stop])
-            self._missing.discard(place.offset)
-            if not self._missing:
-                self.version = version
+            if version != arriving.version:
+                arriving.version, arriving.missing = version, set(arriving.cuts)
+            elements(piece, self.vector[arriving.lo + place.offset : arriving.lo + stop])
+            arriving.missing.discard(place.offset)
+            if not arriving.missing:
                 self.lock.notify_all()
+
+    def again(self, segment: int) -> None:
+        """All of a segment comes once more."""
+        with self.lock:
+            self._segments[segment].version = None
 
     def stop(self) -> None:
         """No more will come."""
@@ -126,40 +166,55 @@ class Weights:
             self.broken = True
             self.lock.notify_all()
 
-    def wait(self, version: tuple[int, bool]) -> bool:
-        """To be called with the lock held: True where that version is here, False where a later one is coming."""
-        self.lock.wait_for(lambda: self.broken or self.version == version or self._later(version))
+    def end(self) -> None:
+        """No more will come, as the run is over."""
+        with self.lock:
+            self.over = True
+            self.lock.notify_all()
+
+    def wait(self, version: Version) -> bool:
+        """To be called with the lock held: True where that version is here, False where it never will be."""
+        while not (self.broken or self._whole(version) or self._passed(version) or self.over):
+            self.lock.wait(_LOOK)
+            self.waits += 1
         if self.broken:
             raise Broken
-        return self.version == version
+        return self._whole(version)
 
-    def _later(self, version: tuple[int, bool]) -> bool:
-        return self._arriving is not None and self._arriving[0] > version[0]
+    def _whole(self, version: Version) -> bool:
+        return all(arriving.whole(version) for arriving in self._segments)
+
+    def _passed(self, version: Version) -> bool:
+        return any(arriving.version is not None and arriving.version[0] > version[0] for arriving in self._segments)
 
 
 class Client:
     """Takes part in a run, with a membership, until the server ends it.
 
-    ``hidden`` are seconds without a sign after which the server would take this worker for dead. ``name`` makes an
-    error of an exception, of a worker's number, the step and the phase. ``written`` is how partials are sent.
+    ``stubs`` are those of the servers, the chief first, of which those that have one add up ``segments``. ``hidden``
+    are seconds without a sign after which the server would take this worker for dead. ``name`` makes an error of an
+    exception, of a worker's number, the step and the phase. ``written`` is how partials are sent.
     """
 
     def __init__(
         self,
-        stub: Stub,
+        stubs: Sequence[Stub],
+        segments: Sequence[tuple[int, int]],
         membership: pb.Membership,
         compute: Compute,
         hidden: float,
         name: Name,
         written: Written,
     ) -> None:
-        self._stub, self._membership, self._compute, self._hidden = stub, membership, compute, hidden
-        self._written = written
-        self.weights = Weights(compute.weights, membership.job)
-        self._said, self._chunks = _Sending(), _Sending()
+        self._stubs, self._membership, self._compute, self._hidden = stubs, membership, compute, hidden
+        self._segments, self._written = segments, written
+        self.weights = Weights(compute.weights, membership.job, segments)
+        self._said = _Sending()
+        self._chunks = [_Sending() for lo, hi in segments]
         self._name = name
-        self._sending = False
+        self._held: _Held | None = None
         self._ended = threading.Event()
+        self._tasks: Any = None
         self.leaving = False
         self.begun = False
 
@@ -170,26 +225,36 @@ class Client:
         """
         first = pb.WorkRequest(membership=self._membership)
         self._said.queue.put(first)
-        tasks = self._stub.work(self._said)
-        pulled = self._stub.pull(iter([pb.PullRequest(membership=self._membership)]))
-        pushed = self._stub.push(self._chunks)
-        threads = [
-            threading.Thread(target=self._receive, args=(pulled,), name="dptrain-weights", daemon=True),
-            threading.Thread(target=self._acknowledged, args=(pushed,), name="dptrain-pushed", daemon=True),
-            threading.Thread(target=self._give_signs, name="dptrain-signs", daemon=True),
+        self._tasks = self._stubs[0].work(self._said)
+        owners = [segment for segment, (lo, hi) in enumerate(self._segments) if lo < hi]
+        pushed = [self._stubs[segment].push(self._chunks[segment]) for segment in owners]
+        self._pulled = {server: self._pull(server) for server in range(len(self._stubs))}
+        threads = [threading.Thread(target=self._give_signs, name="dptrain-signs", daemon=True)]
+        threads += [
+            threading.Thread(target=self._receive, args=(server,), name=f"dptrain-weights-{server}", daemon=True)
+            for server in self._pulled
+        ]
+        threads += [
+            threading.Thread(
+                target=self._acknowledged, args=(call, segment), name=f"dptrain-pushed-{segment}", daemon=True
+            )
+            for segment, call in zip(owners, pushed, strict=True)
         ]
         for thread in threads:
             thread.start()
         try:
-            return self._work(tasks)
+            return self._work(self._tasks)
         finally:
             self._ended.set()
-            self._said.queue.put(None)
-            self._chunks.queue.put(None)
-            for call in (pulled, pushed):
+            for sending in (self._said, *self._chunks):
+                sending.queue.put(None)
+            for call in (*self._pulled.values(), *pushed):
                 call.cancel()
             for thread in threads:
                 thread.join()
+
+    def _pull(self, server: int) -> Any:
+        return self._stubs[server].pull(iter([pb.PullRequest(membership=self._membership)]))
 
     def leave(self) -> None:
         """Take part no more after the task at hand; from a signal handler."""
@@ -235,14 +300,11 @@ class Client:
 
     def _partials(self, task: pb.Compute, since: float) -> float:
         with self.weights.lock:
-            # What was computed before must have left the memory that it lies in.
-            self.weights.lock.wait_for(lambda: not self._sending or self.weights.broken)
-            if not self.weights.wait((task.step, False)):
+            if not self._free(task.step) or not self.weights.wait((task.step, False)):
                 return since
             began = time.perf_counter()
             partials = self._compute.partials(task.step, task.lo, task.hi)
             ended = time.perf_counter()
-            self._sending = True
         self._push(task, partials)
         answer = pb.Answer(
             lease=task.lease,
@@ -256,35 +318,54 @@ class Client:
         return ended
 
     def _push(self, task: pb.Compute, partials: Partials) -> None:
-        size = len(self._compute.weights)
-        put = self._chunks.queue.put
-        places = [
-            (node, vector, start, stop)
-            for node, vector in zip(partials.nodes, partials.vectors, strict=True)
-            for start, stop in cuts(size, vector.dtype.itemsize, self._written.parameters)
-        ]
-        last = len(places) - 1
-        for i, (node, vector, start, stop) in enumerate(places):
-            place = pb.Place(
-                membership=self._membership,
-                step=task.step,
-                lease=task.lease,
-                lo=node.lo,
-                hi=node.hi,
-                offset=start,
-                total=size,
-                encoding=self._written.at(start),
-            )
+        """Send all that was computed, each segment to its server."""
+        held = _Held(task, partials)
+        chunks = [held.chunks(segment, lo, hi, self._written) for segment, (lo, hi) in enumerate(self._segments)]
+        with self.weights.lock:
+            self._held = held
+        for segment, some in enumerate(chunks):
+            for node, start, stop in some:
+                self._send(segment, held, node, start, stop)
 
-            def message(place: pb.Place = place, part: Array = vector[start:stop], ends: bool = i == last) -> bytes:
-                made = encode(place, part)
-                if ends:
-                    with self.weights.lock:
-                        self._sending = False
-                        self.weights.lock.notify_all()
-                return made
+    def _free(self, step: int) -> bool:
+        """Wait until nobody may want what lies in the outbox any more; False where there is nothing more to do.
 
-            put(message)
+        What was computed must have left its memory, and where it is of the same step all servers must have taken it:
+        they might ask for a chunk again.
+        """
+        weights = self.weights
+        while (held := self._held) is not None and not weights.broken:
+            if not held.leaving and (held.task.step != step or not held.awaited):
+                break
+            weights.lock.wait(_LOOK)
+            weights.waits += 1
+        if weights.broken:
+            raise Broken
+        return True
+
+    def _send(self, segment: int, held: "_Held", node: Node, start: int, stop: int) -> None:
+        """Send a chunk: elements start to stop of a segment of what is held for a node."""
+        lo, hi = self._segments[segment]
+        place = pb.Place(
+            membership=self._membership,
+            step=held.task.step,
+            lease=held.task.lease,
+            segment=segment,
+            lo=node.lo,
+            hi=node.hi,
+            offset=start,
+            total=hi - lo,
+            encoding=_within(self._written, lo).at(start),
+        )
+
+        def message() -> bytes:
+            made = encode(place, held.vectors[node][lo + start : lo + stop])
+            with self.weights.lock:
+                held.leaving -= 1
+                self.weights.lock.notify_all()
+            return made
+
+        self._chunks[segment].queue.put(message)
 
     def _blocks(self, task: pb.Evaluate) -> None:
         with self.weights.lock:
@@ -322,29 +403,100 @@ class Client:
         timer.cancel()
         timer.join()
 
-    def _receive(self, pulled: Any) -> None:
+    def _receive(self, server: int) -> None:
+        """Weights, or, of a server without a segment, that it is no server of the run any more."""
         try:
-            for piece in pulled:
-                self.weights.take(piece)
+            while True:
+                try:
+                    for piece in self._pulled[server]:
+                        self.weights.take(server, piece)
+                    self.weights.end()
+                    return
+                except Damaged:
+                    self._pulled[server].cancel()
+                    self.weights.again(server)
+                    if self._ended.is_set():
+                        return
+                    self._pulled[server] = self._pull(server)
         except (grpc.RpcError, DecodeError, DptrainError):
-            pass
-        finally:
-            self.weights.stop()
+            self._break()
 
-    def _acknowledged(self, pushed: Any) -> None:
-        """A chunk that is not taken belongs to what others compute by now; a broken stream ends the membership."""
+    def _acknowledged(self, pushed: Any, segment: int) -> None:
+        """What became of chunks; a broken stream ends the membership.
+
+        One that is not taken belongs to what others compute by now.
+        """
         try:
-            for _ in pushed:
-                pass
+            for answer in pushed:
+                with self.weights.lock:
+                    held = self._held
+                    if held is None or held.task.lease != answer.lease:
+                        continue
+                    if answer.outcome == pb.OUTCOME_DAMAGED:
+                        again = held.chunk(answer, *self._segments[segment], self._written)
+                        if again is not None:
+                            held.leaving += 1
+                            self._send(segment, held, *again)
+                    elif answer.outcome == pb.OUTCOME_COMPLETE:
+                        held.awaited.discard(segment)
+                    elif answer.outcome == pb.OUTCOME_STALE:
+                        held.awaited.clear()
+                    self.weights.lock.notify_all()
         except grpc.RpcError:
-            self.weights.stop()
+            self._break()
+
+    def _break(self) -> None:
+        """The way to one of the servers is lost, or they are others now."""
+        self.weights.stop()
+        if not self._ended.is_set():
+            self._tasks.cancel()
 
     def _give_signs(self) -> None:
         """Tell of the loop's progress, never of this thread's."""
         told = -1
         while not self._ended.wait(self._hidden / _SIGNS):
-            beat = self._compute.beat()
+            # Who waits for a server does not hang.
+            beat = self._compute.beat() + self.weights.waits
             if beat != told:
                 told = beat
                 sign = pb.Sign(beat=beat)
                 self._said.queue.put(pb.WorkRequest(membership=self._membership, sign=sign))
+
+
+class _Held:
+    """What was computed for a task, as long as it lies in the outbox.
+
+    ``leaving`` chunks are on their way out of it, and ``awaited`` are the segments that are not complete elsewhere.
+    """
+
+    def __init__(self, task: pb.Compute, partials: Partials) -> None:
+        self.task = task
+        self.vectors = dict(zip(partials.nodes, partials.vectors, strict=True))
+        self.leaving = 0
+        self.awaited: set[int] = set()
+
+    def chunks(self, segment: int, lo: int, hi: int, written: Written) -> list[tuple[Node, int, int]]:
+        """The chunks of a segment, all of which are to leave."""
+        found = [
+            (node, start, stop)
+            for node, vector in self.vectors.items()
+            for start, stop in cuts(hi - lo, vector.dtype.itemsize, _within(written, lo).parameters)
+        ]
+        self.leaving += len(found)
+        if found:
+            self.awaited.add(segment)
+        return found
+
+    def chunk(self, answer: pb.PushResponse, lo: int, hi: int, written: Written) -> tuple[Node, int, int] | None:
+        """The one that an answer is about; None where there is none like that."""
+        node = Node(answer.lo, answer.hi)
+        if node not in self.vectors:
+            return None
+        border = _within(written, lo).parameters
+        stop = dict(cuts(hi - lo, self.vectors[node].dtype.itemsize, border)).get(answer.offset)
+        return None if stop is None else (node, answer.offset, stop)
+
+
+def _within(written: Written, lo: int) -> Written:
+    """How a segment that begins at element ``lo`` is written."""
+    return written._replace(parameters=max(0, written.parameters - lo))

@@ -1,7 +1,11 @@
-"""The chief server's way from partials to the next state: the partials are those of workers elsewhere.
+"""The servers' way from partials to the next state: the partials are those of workers elsewhere.
 
-To the loop it is the exchange of a single worker that owns no shards. ``swap`` leases the step's shards out to
+To the loop it is the exchange of workers that own no shards. ``swap`` leases the step's shards out, at the chief, to
 whoever takes part, gives those of who is gone to others, and goes on as solo does as soon as all are in.
+
+Of several servers each takes in its segment of all partials, finishes its sum, hands that to the others and the new
+weights of its segment to the workers. All apply all sums, so that each holds the whole state and any may die; those
+beyond the number of segments have none and stand by.
 """
 
 import sys
@@ -13,17 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.errors import DeadlineError, DisagreementError, PeerFailed, PoisonError, WorkerLost, exit_code
+from dptrain.exchange.communicator import Message
 from dptrain.exchange.parameter_server import leases
 from dptrain.exchange.parameter_server.codec import Written
-from dptrain.exchange.parameter_server.hub import Member
+from dptrain.exchange.parameter_server.hub import Member, Part
 from dptrain.exchange.parameter_server.intake import Box, Intake
 from dptrain.exchange.parameter_server.leases import Grant, Lease, Range
 from dptrain.exchange.parameter_server.outlet import Outlet
-from dptrain.exchange.parameter_server.pair import Chief
+from dptrain.exchange.parameter_server.servers import Chief
 from dptrain.exchange.protocol import Exchange
 from dptrain.exchange.segments import in_place
 from dptrain.exchange.verdict import Ballot, Report, Verdict
-from dptrain.layout import Array
+from dptrain.layout import BLOCK, Array, segments
 from dptrain.membership import Led, Membership
 from dptrain.nn.accumulate import Partials
 from dptrain.packing import encoding_of
@@ -47,7 +52,8 @@ _PREPARED = 32
 class ParameterServer(Exchange):
     """``lease_seconds`` without a sign of life end a lease; ``backup_workers`` shards of a step are computed twice.
 
-    ``membership`` is a coordinating one: this process has no shards of its own.
+    ``membership`` is a coordinating one: this process has no shards of its own. ``servers`` of the communicator's have
+    a segment each, as long as there are so many.
     """
 
     name = "ps"
@@ -62,27 +68,50 @@ class ParameterServer(Exchange):
         lease_seconds: float,
         deadline: float,
         backup_workers: int = 0,
+        servers: int = 1,
     ) -> None:
         super().__init__(communicator, membership, update)
-        self.hub = communicator.hub
+        self.hub, self._servers = communicator.hub, communicator
         self.lease_seconds, self.deadline, self.backup_workers = lease_seconds, deadline, backup_workers
         size = update.layout.size
         self.outbox = np.zeros((1, size), dtype)
         self.store = Store(update.layout, len(update.optimizer.slots), dtype)
-        written = Written(encoding_of(update.gradients.name), update.layout.parameters)
-        self.intake = Intake(0, 0, size, dtype, written)
-        self._late: dict[int, tuple[Lease, int, int]] = {}
-        """Leases that another's answer overtook: the other's, its step, and the member that is late."""
+        self._wanted_segments = servers
         self._goal = Node(0, membership.shards)
-        self._prepared: dict[tuple[tuple[int, int, int], ...], tuple[Segment, Array]] = {}
-        self._published: tuple[int, int] | None = None
         self._question: tuple[Array | None, str] = (None, "")
         self._suspects: dict[int, list[int]] = {}
         self._suspected_at = -1
         self._boxes: dict[int, tuple[tuple[int, int], Box]] = {}
-        self._segment: Segment | None = None
+        self._sums: Array = np.zeros(size if membership.size > 1 else 0, dtype)
+        """Of the others' segments."""
+        self._cut()
+
+    def _cut(self) -> None:
+        """Give each of the present servers its segment, if it is to have one."""
+        update, membership = self.update, self.membership
+        size, dtype = update.layout.size, self.outbox.dtype
+        count = min(self._wanted_segments, membership.size)
+        self._segments = segments(size, count) + [(size, size)] * (membership.size - count)
+        self._count = count
+        lo, hi = self._segments[membership.rank]
+        written = Written(encoding_of(update.gradients.name), update.layout.parameters)
+        self.intake = Intake(membership.rank, lo, hi, dtype, written)
+        self._prepared: dict[tuple[tuple[int, int, int, int], ...], tuple[Segment, Array]] = {}
+        self._late: dict[int, tuple[Lease, int, int]] = {}
+        """Leases that another's answer overtook: the other's, its step, and the member that is late."""
+        self._published: tuple[int, int] | None = None
+        self._own: Segment | None = None
         self._total: Array = self.outbox[0]
-        self._sum: Array | None = None
+        if lo == hi:
+            # There is nothing that anybody would send here.
+            self._total = self.outbox[0, :0]
+            self._own = update.segment(self.store, lo, hi, self._total)
+        self._chosen: list[tuple[int, int, int]] | None = None
+        self._followed = {
+            rank: update.segment(self.store, start, stop, self._sums[start:stop])
+            for rank, (start, stop) in enumerate(self._segments)
+            if rank != membership.rank and start < stop
+        }
 
     @property
     def ballot(self) -> Ballot:
@@ -94,11 +123,28 @@ class ParameterServer(Exchange):
 
     def admit(self, identity: Mapping[str, str]) -> None:
         """See Exchange."""
-        number = int(identity["job"].removeprefix("sha256:")[:16], 16)
-        self.outlet = Outlet(number, 0, 0, self.update.layout.size)
-        self._admission = identity, self.intake, self.outlet, number
-        if self.leads:
-            self.hub.admit(*self._admission)
+        self._identity = identity
+        self._admit()
+
+    def _admit(self) -> None:
+        job = int(self._identity["job"].removeprefix("sha256:")[:16], 16)
+        rank, servers = self.membership.rank, self._servers
+        lo, hi = self._segments[rank]
+        self.outlet = Outlet(job, rank, lo, hi)
+        part = Part(
+            identity=self._identity,
+            job=job,
+            shards=self.membership.shards,
+            intake=self.intake,
+            outlet=self.outlet,
+            rank=rank,
+            servers=tuple(servers.members),
+            segments=self._count,
+            owners=frozenset(rank for rank, (lo, hi) in enumerate(self._segments) if lo < hi),
+            era=servers.era,
+            tell=servers.notify,
+        )
+        self.hub.admit(part)
 
     @property
     def leads(self) -> bool:
@@ -106,9 +152,10 @@ class ParameterServer(Exchange):
         return self.membership.rank == 0
 
     def lead(self, membership: Membership) -> None:
-        """Go on alone: the other server is gone."""
+        """Go on with the servers that are left."""
         self.membership, self._ballot = membership, None
-        self.hub.admit(*self._admission)
+        self._cut()
+        self._admit()
 
     @property
     def suspects(self) -> range:
@@ -116,65 +163,76 @@ class ParameterServer(Exchange):
         return range(self.membership.shards)
 
     def squares_of_workers(self) -> Sequence[int]:
-        """All blocks are the chief's."""
-        return [self.update.blocks, *[0] * (self.membership.size - 1)]
+        """The blocks of each server's segment."""
+        return [-(-(hi - lo) // BLOCK) for lo, hi in self._segments]
 
     def collect(self, partials: Partials) -> None:
-        """All partials are here; a standby gets their sum."""
+        """All partials are here; the other servers get the sum of this one's segment, and this one theirs."""
         if self.membership.size == 1:
             return
-        if self.leads:
-            assert self._segment is not None
-            self._segment.add()
-            self.communicator.broadcast(self._total, "sums")
-            return
-        if self._sum is None:
-            self._sum = np.zeros(self.update.layout.size, self.outbox.dtype)
-            self._followed = self.update.segment(self.store, 0, len(self._sum), self._sum)
-        self.communicator.broadcast(self._sum, "sums")
-        self._segment = self._followed
+        assert self._own is not None
+        self._own.add()
+        rank = self.membership.rank
+        mine = [] if not len(self._total) else [Message(r, self._total, 0) for r in range(self.membership.size)]
+        theirs = [Message(r, self._sums[slice(*self._segments[r])], 0) for r in self._followed]
+        self._servers.post([message for message in mine if message.peer != rank], theirs, "sums").wait()
 
     def squares(self) -> npt.NDArray[np.float64]:
-        """Finish the tree."""
-        assert self._segment is not None
-        if not self.leads:
-            return np.zeros(0)
+        """Finish the tree for this server's segment."""
+        assert self._own is not None
         if self.membership.size == 1:
-            self._segment.add()
-        return self._segment.squares()
+            self._own.add()
+        return self._own.squares()
 
     def advance(self, state: State, verdict: Verdict) -> bool:
         """Update everything."""
-        assert self._segment is not None
+        assert self._own is not None
         add = not self.update.clip_norm and self.membership.size == 1
-        return self._segment.advance(state, scale=verdict.scale, rows=verdict.rows, add=add)
+        good = self._own.advance(state, scale=verdict.scale, rows=verdict.rows, add=add)
+        for other in self._followed.values():
+            good = other.advance(state, scale=verdict.scale, rows=verdict.rows, add=False) and good
+        return good
 
     def swap(self, state: State, partials: Partials, report: Report) -> tuple[State, Verdict]:
         """See Exchange; ``partials`` are none."""
         failure: BaseException | None = None
         tallies = np.zeros((1, _TALLIES))
+        self._publish(state)
+        self._chosen = None
         if self.leads and not report.failure:
-            self._publish(state)
             try:
                 tallies = self._computed(state)
-            except BaseException as error:  # a standby must not be left waiting
+            except BaseException as error:  # the other servers must not be left waiting
+                if self._servers.disturbed and isinstance(error, WorkerLost):
+                    raise
                 failure, report = error, report._replace(failure=exit_code(error))
         nodes = [self._goal] if self.leads else []
         try:
+            if self.membership.size > 1:
+                self._choose()
             after, verdict = super().swap(state, Partials(nodes, self.outbox, tallies[: len(nodes)]), report)
         except (PeerFailed, WorkerLost):
             if failure is not None:
                 self.communicator.agreed = True
                 raise failure from None
             raise
-        if self.leads:
-            self._publish(after)
+        self._publish(after)
         return after, verdict
+
+    def _choose(self) -> None:
+        """Have all servers add up the same leases: those that the chief has chosen."""
+        self.phases.begin(Phase.WAITING, "partials")
+        started = time.perf_counter()
+        chosen = self._servers.broadcast_json(self._chosen, "partials")
+        self.waited += time.perf_counter() - started
+        if self.leads or chosen is None or not len(self._total):
+            return
+        boxes = [((member, count), self.intake.box(lease)) for lease, member, count in chosen]
+        self.hub.chosen()
+        self._add_up(boxes)
 
     def judging(self, weights: Array, part: str, state: State) -> None:
         """See Exchange."""
-        if not self.leads:
-            return
         best = weights is not state.weights
         if best:
             self.outlet.publish(weights, state.step, best=True)
@@ -192,6 +250,8 @@ class ParameterServer(Exchange):
             try:
                 found = self._evaluated(rows, total, step, phase)
             except BaseException as error:  # as above
+                if self._servers.disturbed and isinstance(error, WorkerLost):
+                    raise
                 failure = error
         if self.membership.size > 1:
             codes = self.communicator.allgather(np.array([float(exit_code(failure) if failure else 0)]), phase)
@@ -210,7 +270,7 @@ class ParameterServer(Exchange):
 
         def ask(grant: Grant) -> None:
             some, member = grant
-            lease = hub.lease(member, some.lo, some.hi, vectors=False)
+            lease = hub.lease(member, some.lo, some.hi)
             some.leases.append(lease)
             question = pb.Evaluate(
                 lease=lease.number, step=step, part=part, lo=some.lo, hi=some.hi, best=best is not None
@@ -260,9 +320,9 @@ class ParameterServer(Exchange):
 
         def ask(grant: Grant) -> None:
             some, member = grant
-            lease = hub.lease(member, some.lo, some.hi, vectors=True)
-            some.leases.append(lease)
             count = counts[member] = counts.get(member, 0) + 1
+            lease = hub.lease(member, some.lo, some.hi, count=count)
+            some.leases.append(lease)
             nodes = subtrees(some.lo, some.hi, shards)
             boxes[lease.number] = (member, count), self.intake.expect(lease.number, member, count, nodes)
             hub.send(member, compute=pb.Compute(lease=lease.number, step=state.step, lo=some.lo, hi=some.hi))
@@ -276,34 +336,35 @@ class ParameterServer(Exchange):
         self.waited += time.perf_counter() - started
         self.phases.begin(Phase.EXCHANGE)
         tallies: dict[Node, list[float]] = {}
-        key: list[tuple[int, int, int]] = []
-        vectors: dict[Node, Array] = {}
-        for some in done:
-            assert some.answer is not None
-            (member, count), box = boxes[some.answer.number]
-            key += [(member, count, some.lo), (member, count, some.hi)]
-            for i, node in enumerate(box.nodes):
-                tallies[node] = self._rows[some.answer.number][i].tolist()
-                vectors[node] = box.vectors[i]
-        self._prepare(tuple(key), vectors)
+        chosen = [some.answer for some in done if some.answer is not None]
+        for lease in chosen:
+            for i, node in enumerate(boxes[lease.number][1].nodes):
+                tallies[node] = self._rows[lease.number][i].tolist()
+        self._chosen = [(lease.number, *boxes[lease.number][0]) for lease in chosen]
+        self._add_up([boxes[lease.number] for lease in chosen])
         _, plan = merged(list(tallies), self._goal)
         for parent, left, right in plan:
             a, b = tallies[left], tallies[right]
             tallies[parent] = [a[0] + b[0], a[1] + b[1], a[2] + b[2]]
         return np.array([tallies[self._goal]])
 
-    def _prepare(self, key: tuple[tuple[int, int, int], ...], vectors: dict[Node, Array]) -> None:
-        """The sum over these leases, made once for as long as the same members have the same shards."""
+    def _add_up(self, boxes: Sequence[tuple[tuple[int, int], Box]]) -> None:
+        """The sum over these, made once for as long as the same members have the same shards."""
+        lo, hi = self._segments[self.membership.rank]
+        if lo == hi:
+            return
+        key = tuple((*member, box.memory, box.nodes[0].lo) for member, box in boxes)
         found = self._prepared.get(key)
         if found is None:
             if len(self._prepared) >= _PREPARED:
                 self._prepared.clear()
-            pairs: list[Pair] = []
+            vectors = {node: box.vectors[i] for _, box in boxes for i, node in enumerate(box.nodes)}
             _, plan = merged(list(vectors), self._goal)
+            pairs: list[Pair] = []
             pairs, total = in_place(vectors, plan, self._goal)
-            segment = self.update.segment(self.store, 0, self.update.layout.size, total, pairs)
+            segment = self.update.segment(self.store, lo, hi, total, pairs)
             found = self._prepared[key] = segment, total
-        self._segment, self._total = found
+        self._own, self._total = found
 
     def _answered(
         self,
@@ -331,8 +392,7 @@ class ParameterServer(Exchange):
                 ask(grant)
             alone_since = time.monotonic()
             while True:
-                if hub.failure is not None:
-                    raise hub.failure
+                self._look_up()
                 for some in self._read(ranges, fits):
                     self._ask_another(some, ranges, ask)
                 self._disagree(self.intake.differing())
@@ -362,12 +422,15 @@ class ParameterServer(Exchange):
                 wait = leases.until_overdue(living, heard, now, self.lease_seconds)
                 hub.changed.wait(min(_LOOK, max(0.0, wait)))
             self._disagree(self._compared(ranges, step))
-            numbers = [lease.number for some in ranges for lease in some.leases]
-            self.intake.shut(numbers)
-            for number in numbers:
-                if number not in self._late:
-                    hub.open.pop(number, None)
+            hub.chosen(self._late)
         return sorted(ranges, key=lambda some: some.lo)
+
+    def _look_up(self) -> None:
+        """Raises what a worker failed with, and WorkerLost where a server is gone."""
+        if self.hub.failure is not None:
+            raise self.hub.failure
+        if self._servers.disturbed:
+            raise WorkerLost("the parameter servers", expected="all to live", found="a death", cure="the others meet")
 
     def _read(self, ranges: Sequence[Range], fits: Callable[[Range, npt.NDArray[np.float64]], bool]) -> list[Range]:
         """Take the first good answer of each range; the ranges that another is to be asked for, too.
@@ -413,8 +476,8 @@ class ParameterServer(Exchange):
 
     def _finite(self, lease: Lease, rows: npt.NDArray[np.float64]) -> bool:
         """Whether an answer is, or is none of which that is asked."""
-        known = self._boxes.get(lease.number)
-        return known is None or (known[1].finite and bool(np.isfinite(rows).all()))
+        known, open_ = self._boxes.get(lease.number), self.hub.open[lease.number]
+        return known is None or (known[1].finite and open_.finite and bool(np.isfinite(rows).all()))
 
     def _others(self, some: Range) -> list[int]:
         """Who takes part and has not answered yet for a range."""
@@ -469,8 +532,7 @@ class ParameterServer(Exchange):
         hub = self.hub
         until = time.monotonic() + self.deadline
         while not any(member.working for member in hub.members.values()):
-            if hub.failure is not None:
-                raise hub.failure
+            self._look_up()
             if time.monotonic() > until:
                 raise self._deserted(hub.step)
             hub.changed.wait(_LOOK)

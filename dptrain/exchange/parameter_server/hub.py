@@ -1,13 +1,17 @@
-"""The chief's side of the wire: who takes part, what each is to do, what came back. All of it behind one lock."""
+"""A server's side of the wire: who takes part, what each is to do, what came back. All of it behind one lock.
+
+Workers join at the chief, which gives out leases. The other servers know of both by its notices, take in their segment
+of what is computed, and tell the chief when all of a lease is there.
+"""
 
 import json
 import queue
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +22,37 @@ from dptrain.exchange.parameter_server.codec import Piece
 from dptrain.exchange.parameter_server.intake import Intake
 from dptrain.exchange.parameter_server.leases import Lease
 from dptrain.exchange.parameter_server.outlet import Listening, Outlet
+from dptrain.tree import subtrees
 from dptrain.v1 import parameter_server_pb2 as pb
 
 TALLIES = 3
+
+_AHEAD = 1 << 16
+"""How far a lease may be ahead of those that a server knows, so that it is waited for."""
+
+_NEWS = 10.0
+"""Seconds in which what the chief has told a worker must have come to the other servers too."""
+
+
+class Part(NamedTuple):
+    """A server's part in a run: it is that of ``rank`` among ``servers`` (their numbers), of which ``owners`` have a
+    segment each, by their ranks; ``segments`` is how many there are, empty ones among them.
+
+    ``tell`` tells other servers, by their ranks. ``job`` is the number of the job that workers must have, and
+    ``identity`` what else they have to agree with.
+    """
+
+    identity: Mapping[str, str]
+    job: int
+    shards: int
+    intake: Intake
+    outlet: Outlet
+    rank: int
+    servers: tuple[int, ...]
+    segments: int
+    owners: frozenset[int]
+    era: int
+    tell: Callable[[pb.Notice, Sequence[int]], None]
 
 
 @dataclass
@@ -46,12 +78,19 @@ class Member:
 
 
 class Answered:
-    """What came of one lease of a step: its tallies or sums, and whether its vectors are all here."""
+    """What came of one lease of a step: its tallies or sums, and at which servers its vectors are not all there yet."""
 
-    def __init__(self, lease: Lease, step: int, vectors: bool) -> None:
+    def __init__(self, lease: Lease, step: int, missing: frozenset[int]) -> None:
         self.lease, self.step = lease, step
-        self.whole = not vectors
+        self.missing = set(missing)
+        self.finite = True
+        """Whether all that is at other servers is."""
         self.rows: npt.NDArray[np.float64] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all vectors are there."""
+        return not self.missing
 
 
 class Hub:
@@ -70,29 +109,64 @@ class Hub:
         self.number = 0
         self.losses: list[tuple[Member, str]] = []
         """Who is gone since the exchange looked last, and how."""
-        self._identity: Mapping[str, str] | None = None
+        self.part: Part | None = None
+        self.server = 0
+        """This server's number."""
         self._lease = 0
         self._closed = False
         self.stands_by = False
-        self.intake: Intake | None = None
-        self.outlet: Outlet | None = None
+        self._epochs: dict[int, int] = {}
+        """Whom messages may be of."""
+        self._early: list[tuple[int, pb.Notice]] = []
+        """Notices of a time that has not come here yet."""
 
     # The exchange's side.
 
-    def admit(self, identity: Mapping[str, str], intake: Intake, outlet: Outlet, number: int) -> None:
-        """Let workers join that agree with ``identity``."""
+    def admit(self, part: Part) -> None:
+        """Play a part from now on. Who took part before has to join again."""
         with self.changed:
-            self._identity, self.intake, self.outlet, self.number = identity, intake, outlet, number
-            self.stands_by = False
+            if self.part is not None:
+                self.part.outlet.close(changed=True)
+            for member in self.members.values():
+                member.tasks.put(None)
+            for forgotten in (self.members, self.open, self._epochs, self.losses):
+                forgotten.clear()
+            self.part, self.number = part, part.job
+            self.stands_by = part.rank != 0
+            # So that no two chiefs number their leases alike.
+            self._lease = part.era << 32
+            early, self._early = self._early, []
+            for server, notice in early:
+                self._understand(server, notice)
             self.changed.notify_all()
 
-    def lease(self, member: int, lo: int, hi: int, *, vectors: bool) -> Lease:
-        """A new lease, open from now on; to be called with ``changed`` held."""
+    def ring(self) -> None:
+        """Have the exchange look at the servers."""
+        with self.changed:
+            self.changed.notify_all()
+
+    def lease(self, member: int, lo: int, hi: int, *, count: int = 0) -> Lease:
+        """A new lease, open from now on; to be called with ``changed`` held.
+
+        ``count`` is which of the member's leases of this step it is, where vectors are to come of it.
+        """
+        part = self.part
+        assert part is not None
         self._lease += 1
         lease = Lease(self._lease, member, lo, hi)
-        self.open[lease.number] = Answered(lease, self.step, vectors)
+        self.open[lease.number] = Answered(lease, self.step, part.owners if count else frozenset())
         self.members[member].heard = time.monotonic()
+        if count:
+            granted = pb.Granted(lease=lease.number, worker=member, count=count, step=self.step, lo=lo, hi=hi)
+            part.tell(pb.Notice(granted=granted), sorted(part.owners))
         return lease
+
+    def chosen(self, late: Container[int] = ()) -> None:
+        """The open leases are over: what still comes of them, but for those that are ``late``, is of no interest."""
+        with self.changed:
+            if self.part is not None:
+                self.part.intake.shut(list(self.open))
+            self.open = {number: open_ for number, open_ in self.open.items() if number in late}
 
     def send(self, member: int, **task: Any) -> None:
         """Give a member a task; to be called with ``changed`` held."""
@@ -106,6 +180,9 @@ class Hub:
             return
         member.tasks.put(None)
         self.losses.append((member, why))
+        self._epochs.pop(number, None)
+        assert self.part is not None
+        self.part.tell(pb.Notice(lost=number), range(len(self.part.servers)))
         self.changed.notify_all()
 
     def close(self, code: int) -> None:
@@ -116,8 +193,44 @@ class Hub:
                 self.send(number, end=pb.End(code=code))
                 member.tasks.put(None)
             self.changed.notify_all()
-        if self.outlet is not None:
-            self.outlet.close()
+            if self.part is not None:
+                self.part.outlet.close()
+
+    # The other servers' side: called by threads of their links.
+
+    def heed(self, server: int, notice: pb.Notice) -> None:
+        """What another server tells beside."""
+        with self.changed:
+            if self.part is None or notice.era > self.part.era:
+                self._early.append((server, notice))
+            else:
+                self._understand(server, notice)
+
+    def _understand(self, server: int, notice: pb.Notice) -> None:
+        part = self.part
+        assert part is not None
+        if notice.era != part.era:
+            if notice.era > part.era:
+                self._early.append((server, notice))
+            return
+        what = notice.WhichOneof("what")
+        if what == "joined":
+            self._epochs[notice.joined.worker] = notice.joined.epoch
+        elif what == "lost":
+            self._epochs.pop(notice.lost, None)
+            part.intake.forget(notice.lost)
+        elif what == "granted":
+            granted = notice.granted
+            lease = Lease(granted.lease, granted.worker, granted.lo, granted.hi)
+            self.step, self._lease = granted.step, granted.lease
+            self.open[lease.number] = Answered(lease, granted.step, frozenset((part.rank,)))
+            part.intake.expect(lease.number, lease.member, granted.count, subtrees(lease.lo, lease.hi, part.shards))
+        elif what == "whole":
+            open_ = self.open.get(notice.whole)
+            if open_ is not None and server in part.servers:
+                open_.finite = open_.finite and not notice.not_finite
+                open_.missing.discard(part.servers.index(server))
+        self.changed.notify_all()
 
     # The workers' side: called by threads of the server.
 
@@ -125,10 +238,8 @@ class Hub:
         """Take a worker in. Raises DptrainError where it would compute something else."""
         with self.changed:
             if self.stands_by:
-                raise BusyError(
-                    "the parameter server", expected="the chief", found="its standby", cure="join the chief"
-                )
-            if not self.changed.wait_for(lambda: self._identity is not None or self._closed, deadline):
+                raise _no_chief()
+            if not self.changed.wait_for(lambda: self.part is not None or self._closed, deadline):
                 raise WorkerLost(
                     "the parameter server",
                     expected=f"to be ready within {deadline:g} s",
@@ -139,16 +250,22 @@ class Hub:
                 raise LaunchError(
                     "the parameter server", expected="a run", found="its end", cure="nothing is left to do"
                 )
-            assert self._identity is not None
-            self._compare(request, self._identity)
+            part = self.part
+            assert part is not None
+            if self.stands_by:
+                raise _no_chief()
+            self._compare(request, part.identity)
             # Not to be guessed: it is what tells a member from whoever else may call.
             epoch = secrets.randbits(63)
             member = Member(len(self.all) + 1, epoch, request.host, self.step, heard=time.monotonic())
             member.processes = max(1, request.processes)
             self.all.append(member)
             self.members[member.number] = member
+            self._epochs[member.number] = epoch
+            membership = self._membership(member)
+            part.tell(pb.Notice(joined=membership), range(len(part.servers)))
             self.changed.notify_all()
-            return pb.JoinResponse(membership=self._membership(member), step=self.step)
+            return pb.JoinResponse(membership=membership, step=self.step, servers=part.servers, segments=part.segments)
 
     def leave(self, membership: pb.Membership) -> None:
         """A worker leaves of its own will."""
@@ -194,28 +311,49 @@ class Hub:
     def push(self, piece: Piece) -> tuple[pb.Outcome.ValueType, str]:
         """A chunk of a partial."""
         place = piece.place
-        if self.intake is None or place.membership.job != self.number:
+        part = self.part
+        if part is None or place.membership.job != self.number:
             return pb.OUTCOME_STALE, "it is of another job"
         with self.changed:
-            member = self.member(place.membership)
+            # The chief's word on a lease may come later than what is computed by it.
+            if part.rank and self._lease < place.lease < self._lease + _AHEAD:
+                self.changed.wait_for(lambda: self._lease >= place.lease or self._over(part), _NEWS)
             open_ = self.open.get(place.lease)
-            if member is None or open_ is None or open_.lease.member != member.number:
+            known = part is self.part and self._known(place.membership)
+            if not known or open_ is None or open_.lease.member != place.membership.worker:
                 return pb.OUTCOME_STALE, f"lease {place.lease} does not count any more"
             if place.step != open_.step:
                 return pb.OUTCOME_STALE, f"lease {place.lease} is not of step {place.step}"
-        outcome, reason = self.intake.take(piece)
+        outcome, reason = part.intake.take(piece)
         if outcome == pb.OUTCOME_COMPLETE:
             with self.changed:
-                member.heard = time.monotonic()
-                open_.whole = True
-                if open_.rows is not None:
-                    self.changed.notify_all()
+                open_.missing.discard(part.rank)
+                if part.rank:
+                    part.tell(pb.Notice(whole=place.lease, not_finite=not part.intake.finite(place.lease)), [0])
+                else:
+                    if place.membership.worker in self.members:
+                        self.members[place.membership.worker].heard = time.monotonic()
+                    if open_.rows is not None and open_.whole:
+                        self.changed.notify_all()
         return outcome, reason
 
-    def listen(self) -> Listening:
-        """To the weights."""
-        assert self.outlet is not None
-        return self.outlet.listen()
+    def listen(self, membership: pb.Membership) -> Listening | None:
+        """To the weights; None for who doesn't take part."""
+        with self.changed:
+            part = self.part
+            if part is not None and part.rank:
+                self.changed.wait_for(lambda: self._known(membership) or self._over(part), _NEWS)
+            if part is None or part is not self.part or not self._known(membership):
+                return None
+            return part.outlet.listen()
+
+    def _known(self, membership: pb.Membership) -> bool:
+        epoch = self._epochs.get(membership.worker)
+        return epoch is not None and epoch == membership.epoch and membership.job == self.number
+
+    def _over(self, part: Part) -> bool:
+        """Whether a part is played no more."""
+        return self._closed or part is not self.part
 
     def vanish(self, member: Member) -> None:
         """A member's stream broke."""
@@ -277,6 +415,11 @@ class Hub:
 
 def _error(failure: pb.Failure) -> DptrainError:
     kind = getattr(errors, failure.kind, None)
-    if not (isinstance(kind, type) and issubclass(kind, DptrainError)) or kind is errors.PeerFailed:
+    of_ours = (errors.PeerFailed, errors.WorkerLost)
+    if not (isinstance(kind, type) and issubclass(kind, DptrainError)) or kind in of_ours:
         kind = errors.WorkerCrashed
     return kind(failure.where, expected=failure.expected, found=failure.found, cure=failure.cure)
+
+
+def _no_chief() -> BusyError:
+    return BusyError("the parameter server", expected="the chief", found="another server", cure="join the chief")

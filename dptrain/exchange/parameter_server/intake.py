@@ -26,6 +26,8 @@ class Box:
     nodes: Sequence[Node]
     vectors: Array
     missing: int
+    memory: int
+    """A number that other memory would not have."""
     sums: dict[Spot, int] = field(default_factory=dict)
     shut: bool = False
     finite: bool = True
@@ -46,19 +48,32 @@ class Intake:
         self._cuts = dict(cuts(hi - lo, self.dtype.itemsize, self._written.parameters))
         self._lock = threading.Lock()
         self._open: dict[int, Box] = {}
-        self._memory: dict[tuple[int, int], Array] = {}
+        self._memory: dict[tuple[int, int], tuple[int, Array]] = {}
+        self._memories = 0
         self._late: dict[int, Box] = {}
         self._differ: list[int] = []
 
     def expect(self, lease: int, member: int, number: int, nodes: Sequence[Node]) -> Box:
         """Take chunks of a lease from now on, the member's ``number``-th of the step."""
-        memory = self._memory.get((member, number))
+        which, memory = self._memory.get((member, number), (0, None))
         if memory is None or len(memory) < len(nodes):
-            memory = self._memory[member, number] = np.zeros((len(nodes), self.hi - self.lo), self.dtype)
-        box = Box(nodes, memory[: len(nodes)], len(nodes) * len(self._cuts))
+            self._memories = which = self._memories + 1
+            memory = np.zeros((len(nodes), self.hi - self.lo), self.dtype)
+            self._memory[member, number] = which, memory
+        box = Box(nodes, memory[: len(nodes)], len(nodes) * len(self._cuts), which)
         with self._lock:
             self._open[lease] = box
         return box
+
+    def box(self, lease: int) -> Box:
+        """That of a lease whose chunks are taken."""
+        with self._lock:
+            return self._open[lease]
+
+    def finite(self, lease: int) -> bool:
+        """Whether all that came of a lease is, as far as it is of interest."""
+        with self._lock:
+            return lease not in self._open or self._open[lease].finite
 
     def shut(self, leases: Sequence[int]) -> None:
         """Take no more chunks of these; those that are being written are of no interest any more."""
@@ -75,7 +90,7 @@ class Intake:
         """
         with self._lock:
             box = self._open[lease]
-            self._late[lease] = Box(first.nodes, first.vectors, 0, dict(first.sums), shut=True)
+            self._late[lease] = Box(first.nodes, first.vectors, 0, first.memory, dict(first.sums), shut=True)
             return any(first.sums.get(spot) != found for spot, found in box.sums.items())
 
     def differing(self) -> list[int]:
@@ -104,6 +119,8 @@ class Intake:
         wrong = self._wrong(piece, box)
         if wrong:
             return pb.OUTCOME_REFUSED, wrong
+        if checksum(piece.data) != place.checksum:
+            return pb.OUTCOME_DAMAGED, "the checksum is not that of the bytes"
         spot = (box.nodes.index(Node(place.lo, place.hi)), place.offset)
         with self._lock:
             if box.shut:
@@ -136,6 +153,4 @@ class Intake:
         stop = self._cuts.get(place.offset)
         if stop is None or len(piece.data) != bytes_of(stop - place.offset, self.dtype, place.encoding):
             return f"{len(piece.data)} bytes at element {place.offset} are no chunk"
-        if checksum(piece.data) != place.checksum:
-            return "the checksum is not that of the bytes"
         return ""

@@ -43,10 +43,14 @@ class Outlet:
         self._newest: Messages | None = None
         self._listeners: set[Listening] = set()
         self._closed = False
+        self.changed = False
+        """Whether it was closed because the servers are others now."""
 
     def publish(self, vector: Array, step: int, *, best: bool = False) -> None:
         """Hand out a vector, that of a step or the one that is kept as the best."""
         part = vector[self._lo : self._hi]
+        if not len(part):
+            return
         places = [
             (
                 pb.Place(
@@ -86,10 +90,10 @@ class Outlet:
         with self._lock:
             self._listeners.discard(listener)
 
-    def close(self) -> None:
+    def close(self, *, changed: bool = False) -> None:
         """Nothing more is handed out, once what was handed out is gone."""
         with self._lock:
-            self._closed = True
+            self._closed, self.changed = True, changed
             for listener in self._listeners:
                 listener.end()
 
@@ -101,7 +105,7 @@ class Listening:
     """
 
     def __init__(self, outlet: Outlet) -> None:
-        self._outlet = outlet
+        self.outlet = outlet
         self._next: Messages | None = None
         self._ended = False
         self._changed = threading.Condition()
@@ -120,7 +124,7 @@ class Listening:
 
     def stop(self) -> None:
         """From any thread: end it."""
-        self._outlet.leave(self)
+        self.outlet.leave(self)
         self.end()
 
     def __iter__(self) -> Iterator[bytes]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import grpc
 
-from dptrain.errors import DptrainError, RefusedError
+from dptrain.errors import BusyError, DptrainError, RefusedError
 from dptrain.exchange.parameter_server.codec import Piece, decode_push
 from dptrain.exchange.parameter_server.hub import Hub, Member
-from dptrain.exchange.parameter_server.pair import Link
+from dptrain.exchange.parameter_server.peers import Peers
 from dptrain.exchange.parameter_server.service import METHODS, SERVICE
 from dptrain.v1 import parameter_server_pb2 as pb
 from dptrain.wire.server import Service
@@ -18,10 +18,10 @@ from dptrain.wire.tokens import Role
 
 
 class Servicer:
-    """The methods. Who joins waits ``join_seconds`` for a server that is not ready; ``link``: to a standby."""
+    """The methods. Who joins waits ``join_seconds`` for a server that is not ready; ``peers``: the other servers."""
 
-    def __init__(self, hub: Hub, join_seconds: float, link: Link | None = None) -> None:
-        self._hub, self._join_seconds, self._link = hub, join_seconds, link
+    def __init__(self, hub: Hub, join_seconds: float, peers: Peers) -> None:
+        self._hub, self._join_seconds, self._peers = hub, join_seconds, peers
 
     def service(self) -> Service:
         """What a server serves: all of it is for workers."""
@@ -43,7 +43,8 @@ class Servicer:
 
     def get_job(self, request: pb.GetJobRequest, context: grpc.ServicerContext) -> pb.GetJobResponse:
         """See the proto."""
-        return pb.GetJobResponse(job=self._hub.job, job_number=self._hub.number, servers=self._hub.servers)
+        hub = self._hub
+        return pb.GetJobResponse(job=hub.job, job_number=hub.number, servers=hub.servers, number=hub.server)
 
     def join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
         """See the proto."""
@@ -83,41 +84,47 @@ class Servicer:
         for piece in requests:
             outcome, reason = self._hub.push(piece)
             if outcome != pb.OUTCOME_UNSPECIFIED:
-                yield pb.PushResponse(lease=piece.place.lease, outcome=outcome, reason=reason)
+                place = piece.place
+                answer = pb.PushResponse(lease=place.lease, outcome=outcome, reason=reason)
+                if outcome == pb.OUTCOME_DAMAGED:
+                    answer.lo, answer.hi, answer.offset = place.lo, place.hi, place.offset
+                yield answer
 
     def pull(self, requests: Iterator[pb.PullRequest], context: grpc.ServicerContext) -> Iterator[bytes]:
         """See the proto."""
-        if self._first(requests) is None:
+        first = next(requests, None)
+        listening = None if first is None else self._hub.listen(first.membership)
+        if listening is None:
             raise _stranger()
-        listening = self._hub.listen()
         if context.add_callback(listening.stop):
             yield from listening
+            if listening.outlet.changed:
+                raise BusyError(
+                    "the parameter servers",
+                    expected="those that there were",
+                    found="that one is gone, or has come",
+                    cure="join again",
+                )
 
     def follow(
         self, requests: Iterator[pb.FollowRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.FollowResponse]:
         """See the proto."""
-        link = self._link
-        if link is None or link.connected.is_set():
-            raise RefusedError(
-                "a standby",
-                expected="one, of a server that was started with --standby",
-                found="another",
-                cure="end this one",
-            )
-        link.connected.set()
+        peers = self._peers
+        peers.refuse_needless()
+        link = peers.accept(requests)
         if not context.add_callback(link.end):
             link.end()
 
         def hear() -> None:
             with contextlib.suppress(grpc.RpcError, DptrainError, ValueError):
-                link.listen(requests)
+                link.listen(requests, heard=1)
             link.end()
 
-        threading.Thread(target=hear, name="dptrain-standby", daemon=True).start()
+        threading.Thread(target=hear, name=f"dptrain-server-{link.peer}", daemon=True).start()
         yield from link
 
-    def _first(self, requests: Iterator[pb.WorkRequest] | Iterator[pb.PullRequest]) -> Member | None:
+    def _first(self, requests: Iterator[pb.WorkRequest]) -> Member | None:
         """Whom a stream's first message is of; None where that is nobody, or there is no message."""
         for request in requests:
             return self._hub.member(request.membership)

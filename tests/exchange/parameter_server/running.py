@@ -1,4 +1,4 @@
-"""A parameter server and its workers in one process: the same code and the same wire, threads for processes."""
+"""Parameter servers and workers in one process: the same code and the same wire, threads for processes."""
 
 import threading
 from collections.abc import Callable
@@ -13,36 +13,58 @@ from dptrain.serve import serve
 
 
 class Cluster:
-    """A server in the thread that calls ``train``, and workers that are started when it listens, or by hand."""
+    """A server in the thread that calls ``train``, others beside it, and workers, which start when it listens.
 
-    def __init__(self, job: Job, folder: Path) -> None:
+    ``servers`` have a segment each; with ``standby`` there is one more without.
+    """
+
+    def __init__(self, job: Job, folder: Path, servers: int = 1, *, standby: bool = False) -> None:
         self.job = replace(job, exchange=replace(job.exchange, type="ps", deadline=60.0))
         self.folder = folder
-        self.address = f"unix:{folder / 'server.sock'}"
+        self.servers, self.standby = servers, standby
+        self.addresses = [f"unix:{folder / f'server-{number}.sock'}" for number in range(servers + standby)]
+        self.address = self.addresses[0]
         self.codes: list[int | BaseException] = []
+        self.others: list[Result | BaseException] = []
         self._threads: list[threading.Thread] = []
 
     def worker(self, **options: Any) -> None:
         def work() -> None:
             try:
-                self.codes.append(joined.work([self.address], seconds=30.0, **options))
+                self.codes.append(joined.work(self.addresses, seconds=30.0, **options))
             except BaseException as error:
                 self.codes.append(error)
 
-        thread = threading.Thread(target=work)
-        self._threads.append(thread)
-        thread.start()
+        self._start(work)
 
     def train(self, workers: int = 0, ready: Callable[[], None] = lambda: None, **options: Any) -> Result:
+        def follow(number: int, address: str) -> None:
+            place = number if number < self.servers else None
+            kept = {"run_dir": self.folder / "run", "resume": options.get("resume", False)}
+            try:
+                self.others.append(
+                    serve(self.job, address, servers=self.servers, place=place, chief=self.address, **kept)
+                )
+            except BaseException as error:
+                self.others.append(error)
+
         def begin(address: str) -> None:
+            for number, other in enumerate(self.addresses[1:], 1):
+                self._start(lambda number=number, other=other: follow(number, other))  # type: ignore[misc]
             for _ in range(workers):
                 self.worker()
             ready()
 
+        place = {"servers": self.servers, "standby": self.standby}
         try:
-            return serve(self.job, self.address, ready=begin, run_dir=self.folder / "run", **options)
+            return serve(self.job, self.address, ready=begin, run_dir=self.folder / "run", **place, **options)
         finally:
             for thread in self._threads:
                 thread.join(60)
             assert not any(thread.is_alive() for thread in self._threads)
-            assert not (self.folder / "server.sock").exists()
+            assert not list(self.folder.glob("*.sock"))
+
+    def _start(self, action: Callable[[], None]) -> None:
+        thread = threading.Thread(target=action)
+        self._threads.append(thread)
+        thread.start()

@@ -53,14 +53,14 @@ class Overtaken(Client):
             if len(self.done) == SHARDS:
                 self.all_done.set()
 
-    def _acknowledged(self, pushed: Any) -> None:
+    def _acknowledged(self, pushed: Any, segment: int) -> None:
         def noted() -> Any:
             for answer in pushed:
                 if self.late and answer.lease in self.leases:
                     self.compared.set()
                 yield answer
 
-        super()._acknowledged(noted())
+        super()._acknowledged(noted(), segment)
 
     all_done: threading.Event
     compared: threading.Event

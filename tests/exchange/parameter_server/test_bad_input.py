@@ -12,7 +12,7 @@ import pytest
 from dptrain.errors import NonFiniteError
 from dptrain.exchange.parameter_server.client import Client, Stub
 from dptrain.exchange.parameter_server.codec import decode_pull, encode
-from dptrain.exchange.parameter_server.hub import Hub
+from dptrain.exchange.parameter_server.hub import Hub, Part
 from dptrain.exchange.parameter_server.outlet import Outlet
 from dptrain.exchange.parameter_server.service import METHODS, SERVICE
 from dptrain.job.load import check, complete
@@ -93,17 +93,18 @@ class Hostile(Client):
 
     def _push(self, task: pb.Compute, partials: Partials) -> None:
         held: list[Any] = []
-        put, queue = self._chunks.queue.put, self._chunks.queue
+        chunks = self._chunks[0]
+        put, queue = chunks.queue.put, chunks.queue
 
         class Held:
             def put(self, message: Any) -> None:
                 held.append(message)
 
-        self._chunks.queue = Held()  # type: ignore[assignment]
+        chunks.queue = Held()  # type: ignore[assignment]
         try:
             super()._push(task, partials)
         finally:
-            self._chunks.queue = queue
+            chunks.queue = queue
         ready = [message() for message in held]
         for number, message in enumerate(reversed(ready)):
             spoil = self.spoilt[(task.lease + number) % len(self.spoilt)]
@@ -213,7 +214,7 @@ def test_clients_that_vanish_or_never_read(solo: str, tmp_path: Path) -> None:
         next(iter(held[0]))
         for call in held[:2]:
             call.cancel()
-        with connect(parse(f"unix:{tmp_path}/server.sock")) as other:
+        with connect(parse(f"unix:{tmp_path}/server-0.sock")) as other:
             left = raw(other, "Push")(pour())
             next(iter(left))
 
@@ -237,9 +238,9 @@ def test_a_member_that_never_reads_its_weights(solo: str, tmp_path: Path, monkey
     identity: dict[str, str] = {}
     admit = Hub.admit
 
-    def noted(self: Hub, mine: dict[str, str], *others: Any) -> None:
-        identity.update(mine)
-        admit(self, mine, *others)
+    def noted(self: Hub, part: Part) -> None:
+        identity.update(part.identity)
+        admit(self, part)
 
     monkeypatch.setattr(Hub, "admit", noted)
     held: list[Any] = []
