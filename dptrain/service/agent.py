@@ -61,6 +61,7 @@ def registration(name: str, slots: int, server: Address) -> pb.Registration:
         memory_bytes=page * os.sysconf("SC_PHYS_PAGES"),
         mpi=mpi(),
         python=sys.executable,
+        host=socket.gethostname(),
     )
 
 

@@ -217,7 +217,7 @@ def environment(environ: Mapping[str, str], address: str) -> dict[str, str]:
 
 
 def network_of(address: str) -> str:
-    """The network, as ADDRESS/BITS, of the interface that has an IPv4 address; "" where there is none."""
+    """The network, as ADDRESS/BITS, of an IPv4 address's interface; "" for loopback, and where there is none."""
     import fcntl
     import ipaddress
     import socket
@@ -232,7 +232,9 @@ def network_of(address: str) -> str:
             except OSError:
                 continue
             if socket.inet_ntoa(own) == address:
-                return str(ipaddress.ip_interface(f"{address}/{socket.inet_ntoa(mask)}").network)
+                found = ipaddress.ip_interface(f"{address}/{socket.inet_ntoa(mask)}")
+                # Open MPI's launcher does not listen there.
+                return "" if found.is_loopback else str(found.network)
     return ""
 
 

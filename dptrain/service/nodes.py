@@ -267,6 +267,14 @@ class Nodes:
             raise _refused(name, f"at most {MOST_NODES} nodes", "one more", "end an agent", BusyError)
         for node in living:
             other = node.registration
+            if other.host == registration.host and registration.mpi.startswith("Open MPI"):
+                raise _refused(
+                    name,
+                    "a host name that no other node has, as Open MPI takes two of one for one",
+                    f"{registration.host}, as node {other.name}",
+                    "start one agent on a machine, with more --slots",
+                    LaunchError,
+                )
             if other.fingerprint != registration.fingerprint:
                 raise _refused(
                     name,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x64ptrain/v1/agent_service.proto\x12\ndptrain.v1\"\xe2\x01\n\x0cServeRequest\x12\x30\n\x0cregistration\x18\x01 \x01(\x0b\x32\x18.dptrain.v1.RegistrationH\x00\x12$\n\x06health\x18\x02 \x01(\x0b\x32\x12.dptrain.v1.HealthH\x00\x12&\n\x07leaving\x18\x03 \x01(\x0b\x32\x13.dptrain.v1.LeavingH\x00\x12$\n\x06output\x18\x04 \x01(\x0b\x32\x12.dptrain.v1.OutputH\x00\x12$\n\x06\x65xited\x18\x05 \x01(\x0b\x32\x12.dptrain.v1.ExitedH\x00\x42\x06\n\x04said\"\xdb\x01\n\x0cRegistration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x01(\x05\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x12\n\narithmetic\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\r\n\x05\x63ores\x18\x08 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x03\x12\x0f\n\x07\x64rained\x18\n \x01(\x08\x12\x0b\n\x03mpi\x18\x0b \x01(\t\x12\x0e\n\x06python\x18\x0c \x01(\t\"1\n\x06Health\x12\x19\n\x11\x66ree_memory_bytes\x18\x01 \x01(\x03\x12\x0c\n\x04load\x18\x02 \x01(\x01\"\t\n\x07Leaving\"2\n\x06Output\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0e\n\x06stderr\x18\x02 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"3\n\x06\x45xited\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07refused\x18\x03 \x01(\t\"\xed\x01\n\rServeResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.dptrain.v1.WelcomeH\x00\x12\"\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x11.dptrain.v1.DrainH\x00\x12\"\n\x05start\x18\x03 \x01(\x0b\x32\x11.dptrain.v1.StartH\x00\x12 \n\x04kill\x18\x04 \x01(\x0b\x32\x10.dptrain.v1.KillH\x00\x12 \n\x04look\x18\x05 \x01(\x0b\x32\x10.dptrain.v1.LookH\x00\x12 \n\x04work\x18\x06 \x01(\x0b\x32\x10.dptrain.v1.WorkH\x00\x42\x06\n\x04told\"!\n\x07Welcome\x12\x16\n\x0ehealth_seconds\x18\x01 \x01(\x01\"\x18\n\x05\x44rain\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\"7\n\x05Start\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0f\n\x07program\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x03(\t\"\x12\n\x04Kill\x12\n\n\x02id\x18\x01 \x01(\x03\" \n\x04Look\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04path\x18\x02 \x01(\t\"g\n\x04Work\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04port\x18\x02 \x01(\x05\x12\r\n\x05token\x18\x03 \x01(\t\x12\x11\n\tprocesses\x18\x04 \x01(\x05\x12#\n\x05\x66iles\x18\x05 \x03(\x0b\x32\x14.dptrain.v1.DataFile\"6\n\x08\x44\x61taFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\"\n\x10\x46\x65tchFileRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"!\n\x11\x46\x65tchFileResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x9c\x01\n\x0c\x41gentService\x12@\n\x05Serve\x12\x18.dptrain.v1.ServeRequest\x1a\x19.dptrain.v1.ServeResponse(\x01\x30\x01\x12J\n\tFetchFile\x12\x1c.dptrain.v1.FetchFileRequest\x1a\x1d.dptrain.v1.FetchFileResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x64ptrain/v1/agent_service.proto\x12\ndptrain.v1\"\xe2\x01\n\x0cServeRequest\x12\x30\n\x0cregistration\x18\x01 \x01(\x0b\x32\x18.dptrain.v1.RegistrationH\x00\x12$\n\x06health\x18\x02 \x01(\x0b\x32\x12.dptrain.v1.HealthH\x00\x12&\n\x07leaving\x18\x03 \x01(\x0b\x32\x13.dptrain.v1.LeavingH\x00\x12$\n\x06output\x18\x04 \x01(\x0b\x32\x12.dptrain.v1.OutputH\x00\x12$\n\x06\x65xited\x18\x05 \x01(\x0b\x32\x12.dptrain.v1.ExitedH\x00\x42\x06\n\x04said\"\xe9\x01\n\x0cRegistration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x01(\x05\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x12\n\narithmetic\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\r\n\x05\x63ores\x18\x08 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x03\x12\x0f\n\x07\x64rained\x18\n \x01(\x08\x12\x0b\n\x03mpi\x18\x0b \x01(\t\x12\x0e\n\x06python\x18\x0c \x01(\t\x12\x0c\n\x04host\x18\r \x01(\t\"1\n\x06Health\x12\x19\n\x11\x66ree_memory_bytes\x18\x01 \x01(\x03\x12\x0c\n\x04load\x18\x02 \x01(\x01\"\t\n\x07Leaving\"2\n\x06Output\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0e\n\x06stderr\x18\x02 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"3\n\x06\x45xited\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07refused\x18\x03 \x01(\t\"\xed\x01\n\rServeResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.dptrain.v1.WelcomeH\x00\x12\"\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x11.dptrain.v1.DrainH\x00\x12\"\n\x05start\x18\x03 \x01(\x0b\x32\x11.dptrain.v1.StartH\x00\x12 \n\x04kill\x18\x04 \x01(\x0b\x32\x10.dptrain.v1.KillH\x00\x12 \n\x04look\x18\x05 \x01(\x0b\x32\x10.dptrain.v1.LookH\x00\x12 \n\x04work\x18\x06 \x01(\x0b\x32\x10.dptrain.v1.WorkH\x00\x42\x06\n\x04told\"!\n\x07Welcome\x12\x16\n\x0ehealth_seconds\x18\x01 \x01(\x01\"\x18\n\x05\x44rain\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\"7\n\x05Start\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0f\n\x07program\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x03(\t\"\x12\n\x04Kill\x12\n\n\x02id\x18\x01 \x01(\x03\" \n\x04Look\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04path\x18\x02 \x01(\t\"g\n\x04Work\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04port\x18\x02 \x01(\x05\x12\r\n\x05token\x18\x03 \x01(\t\x12\x11\n\tprocesses\x18\x04 \x01(\x05\x12#\n\x05\x66iles\x18\x05 \x03(\x0b\x32\x14.dptrain.v1.DataFile\"6\n\x08\x44\x61taFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\"\n\x10\x46\x65tchFileRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"!\n\x11\x46\x65tchFileResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x9c\x01\n\x0c\x41gentService\x12@\n\x05Serve\x12\x18.dptrain.v1.ServeRequest\x1a\x19.dptrain.v1.ServeResponse(\x01\x30\x01\x12J\n\tFetchFile\x12\x1c.dptrain.v1.FetchFileRequest\x1a\x1d.dptrain.v1.FetchFileResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,35 +34,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SERVEREQUEST']._serialized_start=47
   _globals['_SERVEREQUEST']._serialized_end=273
   _globals['_REGISTRATION']._serialized_start=276
-  _globals['_REGISTRATION']._serialized_end=495
-  _globals['_HEALTH']._serialized_start=497
-  _globals['_HEALTH']._serialized_end=546
-  _globals['_LEAVING']._serialized_start=548
-  _globals['_LEAVING']._serialized_end=557
-  _globals['_OUTPUT']._serialized_start=559
-  _globals['_OUTPUT']._serialized_end=609
-  _globals['_EXITED']._serialized_start=611
-  _globals['_EXITED']._serialized_end=662
-  _globals['_SERVERESPONSE']._serialized_start=665
-  _globals['_SERVERESPONSE']._serialized_end=902
-  _globals['_WELCOME']._serialized_start=904
-  _globals['_WELCOME']._serialized_end=937
-  _globals['_DRAIN']._serialized_start=939
-  _globals['_DRAIN']._serialized_end=963
-  _globals['_START']._serialized_start=965
-  _globals['_START']._serialized_end=1020
-  _globals['_KILL']._serialized_start=1022
-  _globals['_KILL']._serialized_end=1040
-  _globals['_LOOK']._serialized_start=1042
-  _globals['_LOOK']._serialized_end=1074
-  _globals['_WORK']._serialized_start=1076
-  _globals['_WORK']._serialized_end=1179
-  _globals['_DATAFILE']._serialized_start=1181
-  _globals['_DATAFILE']._serialized_end=1235
-  _globals['_FETCHFILEREQUEST']._serialized_start=1237
-  _globals['_FETCHFILEREQUEST']._serialized_end=1271
-  _globals['_FETCHFILERESPONSE']._serialized_start=1273
-  _globals['_FETCHFILERESPONSE']._serialized_end=1306
-  _globals['_AGENTSERVICE']._serialized_start=1309
-  _globals['_AGENTSERVICE']._serialized_end=1465
+  _globals['_REGISTRATION']._serialized_end=509
+  _globals['_HEALTH']._serialized_start=511
+  _globals['_HEALTH']._serialized_end=560
+  _globals['_LEAVING']._serialized_start=562
+  _globals['_LEAVING']._serialized_end=571
+  _globals['_OUTPUT']._serialized_start=573
+  _globals['_OUTPUT']._serialized_end=623
+  _globals['_EXITED']._serialized_start=625
+  _globals['_EXITED']._serialized_end=676
+  _globals['_SERVERESPONSE']._serialized_start=679
+  _globals['_SERVERESPONSE']._serialized_end=916
+  _globals['_WELCOME']._serialized_start=918
+  _globals['_WELCOME']._serialized_end=951
+  _globals['_DRAIN']._serialized_start=953
+  _globals['_DRAIN']._serialized_end=977
+  _globals['_START']._serialized_start=979
+  _globals['_START']._serialized_end=1034
+  _globals['_KILL']._serialized_start=1036
+  _globals['_KILL']._serialized_end=1054
+  _globals['_LOOK']._serialized_start=1056
+  _globals['_LOOK']._serialized_end=1088
+  _globals['_WORK']._serialized_start=1090
+  _globals['_WORK']._serialized_end=1193
+  _globals['_DATAFILE']._serialized_start=1195
+  _globals['_DATAFILE']._serialized_end=1249
+  _globals['_FETCHFILEREQUEST']._serialized_start=1251
+  _globals['_FETCHFILEREQUEST']._serialized_end=1285
+  _globals['_FETCHFILERESPONSE']._serialized_start=1287
+  _globals['_FETCHFILERESPONSE']._serialized_end=1320
+  _globals['_AGENTSERVICE']._serialized_start=1323
+  _globals['_AGENTSERVICE']._serialized_end=1479
 # @@protoc_insertion_point(module_scope)

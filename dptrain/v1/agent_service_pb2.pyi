@@ -86,6 +86,7 @@ class Registration(_message.Message):
     DRAINED_FIELD_NUMBER: _builtins.int
     MPI_FIELD_NUMBER: _builtins.int
     PYTHON_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What it is called, as no other node is: 1 to 63 letters, digits, "-", "_" and "."."""
     instance: _builtins.str
@@ -112,6 +113,8 @@ class Registration(_message.Message):
     """Its MPI with the version, such as "Open MPI 5.0.11"; it must be the server's."""
     python: _builtins.str
     """The path of its Python; it must be the server's, because a launcher starts workers by it."""
+    host: _builtins.str
+    """Its host name. Open MPI takes two nodes of one host name for one."""
     def __init__(
         self,
         *,
@@ -127,10 +130,11 @@ class Registration(_message.Message):
         drained: _builtins.bool = ...,
         mpi: _builtins.str = ...,
         python: _builtins.str = ...,
+        host: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arithmetic", b"arithmetic", "cores", b"cores", "drained", b"drained", "fingerprint", b"fingerprint", "instance", b"instance", "memory_bytes", b"memory_bytes", "mpi", b"mpi", "name", b"name", "python", b"python", "slots", b"slots", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arithmetic", b"arithmetic", "cores", b"cores", "drained", b"drained", "fingerprint", b"fingerprint", "host", b"host", "instance", b"instance", "memory_bytes", b"memory_bytes", "mpi", b"mpi", "name", b"name", "python", b"python", "slots", b"slots", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

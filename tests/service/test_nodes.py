@@ -51,6 +51,7 @@ def registration(**changes: Any) -> pb.Registration:
         "address": "10.0.0.1",
         "mpi": "MPI 1",
         "python": "/python",
+        "host": "h",
     }
     return pb.Registration(**{**known, **changes})
 
@@ -223,6 +224,14 @@ def test_who_says_anything_else_first_is_refused(server: JobServer, tmp_path: Pa
         for first in ([], [pb.ServeRequest(health=pb.Health())]):
             with pytest.raises(UsageError, match="a registration first"), told(server.address):
                 list(stub.Serve(iter(first)))
+
+
+def test_open_mpi_s_nodes_have_host_names_of_their_own() -> None:
+    nodes = Nodes(Here("own", "Open MPI 5", "/python"), lambda: None, lambda *_, **__: None)
+    nodes.join(registration(mpi="Open MPI 5"))
+    with pytest.raises(LaunchError, match="found h, as node a; start one agent on a machine, with more --slots"):
+        nodes.join(registration(mpi="Open MPI 5", name="b", instance="2"))
+    nodes.join(registration(mpi="Open MPI 5", name="b", instance="2", host="i"))
 
 
 def test_a_server_of_its_own_machine_takes_none(nodes: Nodes) -> None:
