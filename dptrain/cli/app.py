@@ -323,7 +323,12 @@ def export(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN RUN...", help="Directories of runs, or jobs of a server.", show_default=False),
+        typer.Argument(
+            metavar="RUN RUN...",
+            help="Directories of runs, or jobs of a server.",
+            autocompletion=service.complete_job,
+            show_default=False,
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     output: service.Form = service.Output.table,

@@ -33,13 +33,21 @@ class Output(StrEnum):
     json = "json"
 
 
-def complete_job(incomplete: str) -> list[tuple[str, str]]:
-    """Jobs that begin so, for a shell; none where there is no server."""
+def complete_job(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Jobs of the server that the line names which begin so, for a shell; none where there is no server."""
     from dptrain.service.client import Client
     from dptrain.wire.limits import Patience
+    from dptrain.wire.security import ClientTls
 
     try:
-        with Client(patience=Patience(call_seconds=2.0)) as client:
+        given = context.params
+        token_file, tls_ca = given.get("token_file"), given.get("tls_ca")
+        with Client(
+            given.get("server"),
+            token_file=token_file and Path(token_file),
+            tls=ClientTls(Path(tls_ca)) if tls_ca else None,
+            patience=Patience(call_seconds=2.0),
+        ) as client:
             found = client.jobs(f"id={incomplete}" if incomplete.isalnum() else "", page_size=50)
             return [(job.id, job.spec.name) for job, _ in zip(found, range(50), strict=False)] + [("@latest", "")]
     except DptrainError:

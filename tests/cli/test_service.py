@@ -24,9 +24,9 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def dptrain(tmp_path: Path, environ: dict[str, str]) -> Run:
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    def run(*arguments: str, **more: str) -> "subprocess.CompletedProcess[str]":
         line = [sys.executable, "-m", "dptrain", *arguments]
-        return subprocess.run(line, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+        return subprocess.run(line, cwd=tmp_path, env=environ | more, capture_output=True, text=True, timeout=120)
 
     (tmp_path / "job.toml").write_text(JOB)
     (tmp_path / "long.toml").write_text(LONG)
@@ -76,6 +76,14 @@ def test_submit_follow_and_bring_home(dptrain: Run, tmp_path: Path, environ: dic
     lines = [json.loads(line) for line in dptrain("logs", job, "--tail", "1", "-o", "json").stdout.splitlines()]
     assert [("cursor" in line, line.get("state")) for line in lines] == [(True, None), (False, "JOB_STATE_SUCCEEDED")]
     assert "loss" in dptrain("metrics", job).stdout
+    for words, found in (
+        (f"dptrain compare home {job[:2]}", [job]),
+        (f"dptrain show --server unix:{tmp_path / 's'} @", ["@latest"]),
+        ("dptrain cancel --server 127.0.0.1:1 ", []),
+    ):
+        asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        completed = dptrain(_DPTRAIN_COMPLETE="complete_bash", **asked)
+        assert completed.stdout.split() == found, completed.stderr
     assert dptrain("download", job, "home").stdout == "home\n"
     assert dptrain("eval", "home").returncode == 0
     compared = json.loads(dptrain("compare", "home", job[:6], "-o", "json").stdout)
