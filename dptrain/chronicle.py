@@ -5,12 +5,14 @@ Every worker keeps the books; the chief's go to disk. So any other can take over
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dptrain.arrivals import Arrival
 from dptrain.checkpoint import Snapshot, Writer
 from dptrain.errors import StorageError
 from dptrain.exchange.verdict import Verdict
@@ -20,6 +22,7 @@ from dptrain.layout import Array
 from dptrain.membership import Membership
 from dptrain.phases import NAMES, Phase, Phases
 from dptrain.rule import Rule
+from dptrain.rundir import ARRIVALS
 from dptrain.scalars import Scalars
 from dptrain.state import State
 from dptrain.straggler import Pace, Slowest
@@ -59,12 +62,16 @@ class Chronicle:
         self.epoch_loss: float | None = None
         self.epoch_metrics: dict[str, float] = {}
         self.best: Array | None = None
+        self.staleness: Counter[int] = Counter()
+        """How many updates of the whole run had which, where they are not all of the newest weights."""
+        self._newest: tuple[int, Arrival] | None = None
+        self._arrivals: Journal | None = None
         # No finding of silent corruption can bring a step up to this into doubt; None where none is looked for.
         self.trusted: int | None = None
         self._epoch = [0.0, 0.0]
         self._started = self._last_line = self._last_checkpoint = time.perf_counter()
         self._checkpointed = -1
-        self._lag: list[dict[str, Any]] = []
+        self._lag: list[tuple[Journal, dict[str, Any]]] = []
         self._compute: tuple[float, ...] = ()
         self._wait: tuple[float, ...] = ()
         self._norm: float | None = None
@@ -76,6 +83,9 @@ class Chronicle:
         """From now on this worker is the chief."""
         self.journal, self.writer, self.observer, self.scalars = journal, writer, observer, scalars
         self._last_checkpoint = time.perf_counter()
+        if self._newest is not None:
+            # Who led before may have died before it wrote this.
+            self._keep(*self._newest)
 
     def renew(self, membership: Membership, kept: Sequence[int]) -> None:
         """Go on with another membership, in which those are left that had the ranks ``kept``."""
@@ -101,6 +111,8 @@ class Chronicle:
             self._epoch[1] += verdict.weight
         else:
             self._skipped += 1
+        if verdict.arrival is not None:
+            self._arrived(state, verdict.arrival)
         self._norm = verdict.norm
         self._compute = _added(self._compute, verdict.compute)
         self._wait = _added(self._wait, verdict.wait)
@@ -131,6 +143,18 @@ class Chronicle:
         """The worker that has clearly held the others up, if there is one."""
         return self.pace.slowest(self._phases)
 
+    def staleness_of_all(self, bound: int | None) -> dict[str, Any] | None:
+        """What the result says of it; None where all updates were of the newest weights.
+
+        ``bound`` is the present one: a run that was resumed may have had another before.
+        """
+        late = self.staleness
+        if not late:
+            return None
+        mean = sum(age * count for age, count in late.items()) / late.total()
+        bound = None if bound is not None and max(late) > bound else bound
+        return {"bound": bound, "mean": round(mean, 4), "max": max(late), "updates": _listed(late)}
+
     def warn(self, text: str) -> None:
         """Tell the observer and the journal."""
         self.observer.warned(text)
@@ -142,6 +166,7 @@ class Chronicle:
         self._checkpointed = -1
         self.best = best
         self.epoch_loss, *self._epoch = manifest["epoch_loss"]
+        self.staleness = Counter({int(age): count for age, count in manifest.get("staleness", {}).items()})
 
     def checkpoint(self, state: State) -> None:
         """Write a last checkpoint and the rest of the journal, and wait for them.
@@ -170,14 +195,16 @@ class Chronicle:
         """Let what is being written be finished; nothing is raised."""
         if self.writer is not None:
             self.writer.wait()
-        if self.journal is not None:
-            with contextlib.suppress(StorageError):
-                self.journal.close()
+        for journal in (self.journal, self._arrivals):
+            if journal is not None:
+                with contextlib.suppress(StorageError):
+                    journal.close()
         if self.scalars is not None:
             self.scalars.close()
 
     def _clear(self) -> None:
         self._steps = self._skipped = 0
+        self._late: Counter[int] = Counter()
         self._rows = self._loss = self._weight = 0.0
         self._compute = self._wait = ()
         self._norm = None
@@ -199,6 +226,8 @@ class Chronicle:
             line["norm"] = self._norm
         if self._skipped:
             line["skipped"] = self._skipped
+        if self._late:
+            line["staleness"] = _listed(self._late)
         line.update(more)
         self._last_line = now
         self._clear()
@@ -219,10 +248,12 @@ class Chronicle:
             except StorageError as error:
                 self.scalars = None
                 self.observer.warned(f"training goes on without TensorBoard's curves: {error}")
-        if self.journal is None:
-            return
+        if self.journal is not None:
+            self._append(self.journal, line)
+
+    def _append(self, journal: Journal, line: dict[str, Any]) -> None:
         failing = bool(self._lag)
-        self._lag.append(line)
+        self._lag.append((journal, line))
         try:
             self._write_lag()
         except StorageError as error:
@@ -230,9 +261,24 @@ class Chronicle:
                 self.observer.warned(f"training goes on without a journal: {error}")
 
     def _write_lag(self) -> None:
-        while self._lag and self.journal is not None:
-            self.journal.write(self._lag[0])
+        while self._lag:
+            journal, line = self._lag[0]
+            journal.write(line)
             self._lag.pop(0)
+
+    def _arrived(self, state: State, arrival: Arrival) -> None:
+        """Keep the order of arrival: a step that is committed is in the log before anything else tells of it."""
+        self.staleness[arrival.staleness] += 1
+        self._late[arrival.staleness] += 1
+        self._newest = state.step, arrival
+        self._keep(state.step, arrival)
+
+    def _keep(self, step: int, arrival: Arrival) -> None:
+        if self.journal is None:
+            return
+        if self._arrivals is None:
+            self._arrivals = Journal(self.journal.path.with_name(ARRIVALS), self.journal.attempt)
+        self._append(self._arrivals, arrival.line(step))
 
     def _checkpoint_if_due(self, state: State) -> None:
         writer = self.writer
@@ -252,12 +298,20 @@ class Chronicle:
         self.phases.begin(Phase.CHECKPOINT)
         self._checkpointed = state.step
         facts = {**self.facts, "epoch_loss": [self.epoch_loss, *self._epoch]}
+        if self.staleness:
+            pending = self._newest[1].pending if self._newest and self._newest[0] == state.step else ()
+            facts |= {"pending": list(pending), "staleness": _listed(self.staleness)}
         writer.start(Snapshot.of(state, self.best, self.slot_names, facts, writer.memory()), self.trusted)
         self.phases.begin(Phase.OTHER)
 
 
 def _pace(membership: Membership) -> Pace:
     return Pace([hi - lo for lo, hi in map(membership.owned_by, range(membership.size))])
+
+
+def _listed(late: Mapping[int, int]) -> dict[str, int]:
+    """How many updates had which staleness, as JSON has it."""
+    return {str(age): late[age] for age in sorted(late)}
 
 
 def _added(some: tuple[float, ...], more: tuple[float, ...]) -> tuple[float, ...]:

@@ -92,6 +92,12 @@ class DisagreementError(DptrainError):
     exit_code = 1
 
 
+class ReplayError(DptrainError):
+    """A run that is done again by its log leads to other bits."""
+
+    exit_code = 1
+
+
 class PoisonError(DptrainError):
     """A shard whose owners die, one after the other, at the same step."""
 

@@ -64,7 +64,7 @@ def work(
         job = rebuild(Job, invitation.job)
         job = replace(
             job,
-            exchange=replace(job.exchange, type="solo", coordinators=0),
+            exchange=replace(job.exchange, type="solo", coordinators=0, mode="sync"),
             data=job.data if data is None else replace(job.data, source=str(data.resolve())),
         )
         arithmetic.choose(job.arithmetic.kernels, job.arithmetic.threads)

@@ -15,6 +15,7 @@ from dptrain.errors import DptrainError, LaunchError
 from dptrain.exchange import shared_memory
 from dptrain.exchange.communicator import Communicator
 from dptrain.exchange.protocol import Exchange
+from dptrain.exchange.replayed import Log, Replayed
 from dptrain.exchange.segments import Machines, Memory, Segments
 from dptrain.exchange.solo import Solo
 from dptrain.job import spec
@@ -83,6 +84,13 @@ class Meeting:
                 found=f'exchange.type = "{self.kind}", whose workers have memories of their own',
                 cure='set arithmetic.gradients = "bfloat16", or start all workers on one machine',
             )
+        if not self.wanted.in_step and self.kind != "ps":
+            raise LaunchError(
+                f'exchange.mode = "{self.wanted.mode}"',
+                expected="a parameter server",
+                found=f'exchange.type = "{self.kind}"',
+                cure='start it with --exchange ps, or leave exchange.mode at "sync"',
+            )
         if self.wanted.coordinators > size:
             raise LaunchError(
                 "exchange.coordinators",
@@ -95,18 +103,26 @@ class Meeting:
         if self.kind == "ps":
             from dptrain.exchange.parameter_server.exchange import ParameterServer
             from dptrain.exchange.parameter_server.servers import Chief
+            from dptrain.exchange.parameter_server.stale import StaleParameterServer
 
+            wanted = self.wanted
+            if isinstance(self.communicator, Log):
+                return Replayed(self.communicator, self.membership, self.update, dtype)
             assert isinstance(self.communicator, Chief)
-            return ParameterServer(
+            kind = ParameterServer if wanted.in_step else StaleParameterServer
+            server = kind(
                 self.communicator,
                 self.membership,
                 self.update,
                 dtype,
-                lease_seconds=self.wanted.lease_seconds,
-                deadline=self.wanted.deadline,
-                backup_workers=self.wanted.backup_workers,
-                servers=self.wanted.servers,
+                lease_seconds=wanted.lease_seconds,
+                deadline=wanted.deadline,
+                backup_workers=wanted.backup_workers,
+                servers=wanted.servers,
             )
+            if isinstance(server, StaleParameterServer):
+                server.bound, server.way = wanted.bound, wanted.staleness_lr
+            return server
         if self.kind == "solo":
             return Solo(self.communicator, self.membership, self.update, dtype, rows)
         from dptrain.exchange.allreduce import Allreduce

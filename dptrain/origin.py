@@ -117,6 +117,13 @@ class Origin:
                 updates=header["updates"],
                 judgement=judgement_of(header),
             )
+        pending = header.get("pending", []) if header is not None else []
+        if not self.parts.exchange.begin(state.step, self.parts.rule.total_steps, pending) and self._chief:
+            missed = sum(batch < state.step for batch in pending)
+            self.warned(
+                f"{missed} of the batches that were begun are left out, and as many done again: this run was one with "
+                "exchange.mode async or ssp, which would go on with those that are left"
+            )
         return state
 
     def _trusted(self, trusted: int, distrust: Callable[[int], None]) -> "Snapshot | None":

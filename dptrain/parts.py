@@ -17,6 +17,7 @@ from dptrain.errors import ArithmeticMismatch, DataError, LaunchError
 from dptrain.exchange import shared_memory
 from dptrain.exchange.communicator import Communicator
 from dptrain.exchange.protocol import Exchange
+from dptrain.exchange.replayed import Asked, Log
 from dptrain.fingerprint import NOT_REPEATABLE, Probe, probe
 from dptrain.job.digest import JobDigest, digest_job
 from dptrain.job.spec import Job
@@ -49,7 +50,9 @@ class Parts:
         self.job, self.own_model, self.communicator = job, own_model, communicator
         self.notes: list[str] = []
         assert job.train.shards is not None
-        kind = Coordinating if job.exchange.type == "ps" else Membership
+        kind = Membership
+        if job.exchange.type == "ps":
+            kind = Asked if isinstance(communicator, Log) else Coordinating
         self.membership = kind(communicator.rank, communicator.size, job.train.shards)
         machines = communicator.machines()
         every = communicator.allgather_json(HOST, "setting up")
@@ -69,6 +72,7 @@ class Parts:
         self._compare_workers()
         self.meeting = Meeting(job.exchange, communicator, self.membership, self.update, self.accumulator)
         self.reader = reader_of(a, self.batches)
+        self.exchange.equip(self.accumulator, self.reader.load)
         self.exchange.admit(self.identity)
         crowd = crowded(len(self.meeting.machines.here), job.arithmetic.threads)
         if crowd:
@@ -78,7 +82,12 @@ class Parts:
                 f"{communicator.size} workers for {job.train.shards} shards: {self.membership.spares} stand by as "
                 "spares; train.shards changes that (and the bits)"
             )
-        if not self.exchange.same_bits:
+        if not self.exchange.same_bits and job.exchange.type == "ps":
+            self.notes.append(
+                f"with exchange.mode = {job.exchange.mode!r} the order of arrival decides the bits; "
+                "`dptrain replay` repeats them"
+            )
+        elif not self.exchange.same_bits:
             self.notes.append(
                 f"exchange {self.exchange.name!r} does not promise the same bits for any number of workers"
             )
@@ -133,7 +142,7 @@ class Parts:
         accumulator = a.accumulator(2)
         with np.errstate(all="ignore"):
             found = probe(accumulator, self.evaluator, self.update, self.start, a.sample, a.rows_per_shard)
-            lo, hi = self.membership.mine
+            lo, hi = (0, a.shards) if isinstance(self.communicator, Log) else self.membership.mine
             accumulator.at_once = at_once(accumulator, hi - lo)
             many = max(accumulator.at_once, self.evaluator.at_once)
             if found.together and a.unproved and many > 2:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dptrain.arrivals import arrival
 from dptrain.chronicle import Chronicle
 from dptrain.corruption import Auditor
 from dptrain.errors import PeerFailed, PoisonError, WorkerLost
@@ -165,4 +166,6 @@ class Recovery:
 def _verdict(said: Mapping[str, Any]) -> Verdict:
     """A verdict as it came in a word. One that was acted on holds no failures."""
     compute, wait, phases = tuple(said["compute"]), tuple(said["wait"]), np.array(said["phases"])
-    return Verdict(**{**said, "failures": (), "compute": compute, "wait": wait, "phases": phases})
+    arrived = arrival(said["arrival"])
+    again = {"failures": (), "compute": compute, "wait": wait, "phases": phases, "arrival": arrived}
+    return Verdict(**{**said, **again})

@@ -6,7 +6,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Result:
-    """What result.json holds. ``state`` is "done", or "stopped" where a signal ended the run before its rule."""
+    """What result.json holds. ``state`` is "done", or "stopped" where a signal ended the run before its rule.
+
+    ``staleness``, where updates may be late: the highest allowed ("bound", None: any), "mean" and "max", and how many
+    "updates" had which.
+    """
 
     state: str
     steps: int
@@ -31,3 +35,4 @@ class Result:
     signal: int = 0
     attempt: int = 1
     slowest: dict[str, Any] | None = None
+    staleness: dict[str, Any] | None = None

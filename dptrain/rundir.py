@@ -12,6 +12,7 @@ from dptrain.checkpoint import write_durably
 from dptrain.errors import StorageError, UsageError
 
 JOB, JOURNAL, CHECKPOINTS, RESULT = "job.toml", "journal.jsonl", "checkpoints", "result.json"
+ARRIVALS = "arrivals.jsonl"
 WEIGHTS, ENCODING, MODEL_SOURCE = "weights.safetensors", "encoding.json", "model.py"
 RESTARTS = "restarts.jsonl"
 

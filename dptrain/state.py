@@ -207,15 +207,16 @@ class Segment:
             found[i] += np.dot(wide, wide)
         return found
 
-    def advance(self, state: State, *, scale: float, rows: float, add: bool) -> bool:
+    def advance(self, state: State, *, scale: float, rows: float, add: bool, share: float = 1.0) -> bool:
         """Write the state after ``state`` into the store's other side, and say whether the sum was finite.
 
         ``scale`` makes the sum the (clipped) mean, ``rows`` are the real rows of the batch, by which a buffer's sum
-        is divided. With ``add`` the sum is finished here, stretch by stretch, and kept nowhere.
+        is divided. With ``add`` the sum is finished here, stretch by stretch, and kept nowhere. The update gets a
+        ``share`` of the learning rate.
         """
         update, side = self._update, state.side
         count = state.updates + 1
-        rates = update.optimizer.rates(float(scale), float(update.schedule.at(count)), count)
+        rates = update.optimizer.rates(float(scale), float(update.schedule.at(count)) * share, count)
         one_stretch = update.optimizer.stretch
         good = True
         for pairs, gradient, sides, momentum in self._stretches:
@@ -237,10 +238,10 @@ class Segment:
                 one_stretch(w, gradient, old, new_w, new, rates, t, u)
             else:
                 mean, kept = self._wide[0, :n], self._wide[1, :n]
-                share, rest = momentum
+                taken, rest = momentum
                 mean[:] = gradient
                 np.divide(mean, rows, out=mean)
-                np.multiply(mean, share, out=mean)
+                np.multiply(mean, taken, out=mean)
                 # Cast by a copy: a product of two types would take memory for it.
                 kept[:] = w
                 np.multiply(kept, rest, out=kept)

@@ -310,6 +310,7 @@ class _Run:
                         "rank": per_worker[slow.rank]["rank"],
                         "host": per_worker[slow.rank]["host"],
                     },
+                    staleness=chronicle.staleness_of_all(self.job.exchange.bound),
                 )
             )
 

@@ -174,7 +174,7 @@ class Worker:
         self.compute_seconds += compute
         self.wait_seconds += time.perf_counter() - started - compute
         if not verdict.finite and not self.skip_non_finite:
-            raise self._blame(state)
+            raise self._blame(state, state.step if verdict.arrival is None else verdict.arrival.batch)
         if self.auditor is not None and not self.auditor.compare(after):
             return
         self.commit(after, verdict)
@@ -261,10 +261,10 @@ class Worker:
         m = len(self._plan.nodes)
         return Partials(self._plan.nodes, self.exchange.outbox[:m], np.zeros((m, 3)))
 
-    def _blame(self, state: State) -> NonFiniteError:
+    def _blame(self, state: State, batch: int) -> NonFiniteError:
         """Find the first shard, and the tensor in it, whose gradient or loss is not finite, among all workers."""
         shards = self.accumulator.shards
-        mine = [self._first_not_finite(state, shard) for shard in self.exchange.suspects]
+        mine = [self._first_not_finite(state, batch, shard) for shard in self.exchange.suspects]
         found = [place for place in mine if place is not None]
         places = self.exchange.communicator.allgather_json(found[:1], "non-finite gradient")
         everywhere = sorted((shard, rank, what) for rank, some in enumerate(places) for shard, what in some)
@@ -282,11 +282,11 @@ class Worker:
         error.everywhere = True
         return error
 
-    def _first_not_finite(self, state: State, shard: int) -> tuple[int, str] | None:
+    def _first_not_finite(self, state: State, batch: int, shard: int) -> tuple[int, str] | None:
         plan = schedule(shard, shard + 1, self.accumulator.shards, 1)
-        load: Callable[[int, int], Loaded] = lambda lo, hi: self.reader.load(state.step, lo, hi, None)  # noqa: E731
+        load: Callable[[int, int], Loaded] = lambda lo, hi: self.reader.load(batch, lo, hi, None)  # noqa: E731
         kept = Residuals(state.residuals, None) if state.residuals else None
-        partials = self.accumulator.accumulate(state.weights, plan, self.exchange.outbox, state.step, load, kept)
+        partials = self.accumulator.accumulate(state.weights, plan, self.exchange.outbox, batch, load, kept)
         for name, tensor in self.accumulator.model.layout.views(partials.vectors[0]).items():
             if not np.isfinite(tensor).all():
                 return shard, f"gradient of {name}"

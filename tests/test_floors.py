@@ -30,12 +30,12 @@ FLOORS = [
     | {"mkl", "v1"},
     {"job", "data", "nn", "optim"},
     {"state", "checkpoint", "journal", "rundir", "membership", "rule", "fingerprint", "straggler", "wire"}
-    | {"scalars"},
+    | {"scalars", "arrivals"},
     {"exchange"},
     {"worker", "watch", "chronicle", "assemble", "beginning", "parts", "trace", "meeting", "recovery", "watchdog"}
     | {"corruption"},
     {"companion", "training", "origin", "result", "plan", "launch", "ranks", "api", "launcher", "scratch", "supervise"}
-    | {"serve", "joined", "crew", "hosts", "export", "onnx_graph", "comparison"},
+    | {"serve", "joined", "crew", "hosts", "export", "onnx_graph", "comparison", "replay"},
     {"service"},
     {"cli"},
 ]

@@ -145,6 +145,14 @@ def run(
         int | None,
         typer.Option("--servers", metavar="N", min=1, help="With --exchange ps: each adds up a segment. Default: 1."),
     ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            "--mode",
+            metavar="MODE",
+            help="With --exchange ps: sync, or async or ssp, which don't wait for the slowest.",
+        ),
+    ] = None,
     standby: Annotated[
         bool, typer.Option("--standby", help="With --exchange ps: one more server, for when another dies.")
     ] = False,
@@ -155,6 +163,7 @@ def run(
     assignments = (
         *(sets or ()),
         *([f"exchange.type={exchange}"] if exchange is not None else []),
+        *([f"exchange.mode={mode}"] if mode is not None else []),
         *([f"exchange.servers={servers}"] if servers is not None else []),
         *(["exchange.standby=true"] if standby else []),
     )
@@ -342,6 +351,14 @@ def compare(
 
     with brought.runs(runs, server, token_file, tls_ca, brought.story) as homes:
         show(homes, as_json or output is service.Output.json)
+
+
+@app.command(epilog="Example: [bold]dptrain replay runs/job-20260101-120000[/]")
+def replay(run: RunDir, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Do a run with exchange.mode async or ssp again, alone, in the order of arrival: to the same weights."""
+    from dptrain.cli.replay import show
+
+    show(run, as_json)
 
 
 @app.command(epilog="Example: [bold]dptrain page runs --listen 127.0.0.1:8470[/]")

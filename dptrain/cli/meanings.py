@@ -112,6 +112,10 @@ MEANINGS = {
     "exchange.host_sum": "ps: whether the N of `run -n N` add up in shared memory and send one sum, or each its own.",
     "exchange.servers": "ps: how many servers `run` starts; each adds up a segment, all know the state.",
     "exchange.standby": "ps: start one more server with `run`, without a segment, for when another dies.",
+    "exchange.mode": "ps: sync; async: each batch's gradient makes a step when it arrives; ssp: at most `staleness` "
+    "steps after the weights it was computed with. These two don't promise the same bits; `dptrain replay` repeats.",
+    "exchange.staleness": "ssp: the highest staleness of an update in steps; 0 is sync, bit for bit.",
+    "exchange.staleness_lr": "async, ssp: constant, or inverse: an update gets lr / (1 + its staleness).",
     "output.runs": "The folder in which runs get their directories.",
     "output.journal_steps": "Steps between lines of journal.jsonl; 0: as often as keeps it small.",
     "output.checkpoint_seconds": "Seconds between checkpoints; 0: none by time.",

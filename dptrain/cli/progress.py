@@ -228,6 +228,9 @@ def closing(result: Mapping[str, Any], run_dir: str, resume: Sequence[str], trac
     figures["samples/s"] = result.get("samples_per_second")
     weights = str(result.get("weights_sha256", "")).removeprefix("sha256:")
     lines = [f"{pairs(figures)} weights sha256:{weights}"]
+    if late := result.get("staleness"):
+        bound = "" if late.get("bound") is None else f" of at most {late['bound']}"
+        lines.append(f"staleness: mean {number(late['mean'])}, max {number(late['max'])}{bound} steps")
     if slow := result.get("slowest"):
         lines.append(
             f"slowest worker: rank {slow['rank']} ({slow['host']}), {slow['phase']} took {number(slow['times'])} times "
@@ -242,7 +245,8 @@ def closing(result: Mapping[str, Any], run_dir: str, resume: Sequence[str], trac
             + shlex.join([*resume, "--run-dir", _short(run_dir), "--resume"])
         )
     elif shown:
-        lines.append(f"run {shown}; try: dptrain eval {shown}")
+        again = f" or dptrain replay {shown}" if result.get("staleness") else ""
+        lines.append(f"run {shown}; try: dptrain eval {shown}{again}")
     return lines
 
 

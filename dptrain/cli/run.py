@@ -177,7 +177,9 @@ def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
         if servers and hosts:
             return Start(launch.crew_over_nodes(spread(n, hosts), data, again.argv()[1:]), said, servers)
         if servers:
-            line = launch.crew(n, exchange.servers, standbys, again.argv()[1:], together=exchange.host_sum)
+            # One worker alone has nothing to be late with.
+            together = exchange.host_sum and exchange.in_step
+            line = launch.crew(n, exchange.servers, standbys, again.argv()[1:], together=together)
             return Start(line, said, servers)
         if not hosts:
             return Start(*launch.command(n, again.argv(), said, live=mode == "bar"), n)

@@ -6,31 +6,36 @@ exchange says how bytes get about; what they mean is decided here, the same for 
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dptrain.arrivals import Arrival
 from dptrain.errors import PeerFailed
 from dptrain.exchange.communicator import Communicator
 from dptrain.exchange.verdict import Ballot, Report, Verdict
 from dptrain.layout import Array
 from dptrain.membership import Membership
-from dptrain.nn.accumulate import Partials
+from dptrain.nn.accumulate import Accumulator, Loaded, Partials
 from dptrain.phases import Phase, Phases
 from dptrain.state import State, Store, Update
+
+Load = Callable[[int, int, int, None], Loaded]
 
 
 class Exchange(ABC):
     """Every worker calls ``swap`` once a step, in the same order, with its partials and its report.
 
     ``outbox`` is where the worker's partials (and its binary counter) lie, ``store`` where its state does.
-    ``same_bits`` says whether the result is promised to be solo's.
+    ``same_bits`` says whether the result is promised to be solo's. ``arrival`` is of the step that ``swap`` is at,
+    where its batch is decided by who is ready first.
     """
 
     name: str
     same_bits = True
+    arrival: Arrival | None = None
     outbox: Array
     store: Store
 
@@ -77,6 +82,16 @@ class Exchange(ABC):
     def admit(self, identity: Mapping[str, str]) -> None:  # noqa: B027 - nothing to do is right for most
         """What workers that join later have to agree with; nobody does where this is not overridden."""
 
+    def begin(self, step: int, total: int, pending: Sequence[int]) -> bool:
+        """Go on after ``step`` of ``total`` steps; of batches up to the newest that was begun, ``pending`` are left.
+
+        False where steps are those of their batches, so that some of these are left out and others done twice.
+        """
+        return list(pending) == list(range(step, step + len(pending)))
+
+    def equip(self, accumulator: Accumulator, load: Load) -> None:  # noqa: B027 - as above
+        """With what an exchange computes that computes itself; ``load`` gives shards lo to hi of a batch."""
+
     def judging(self, weights: Array, part: str, state: State) -> None:  # noqa: B027 - as above
         """What the next ``gather`` is about: these weights, on a part of the data."""
 
@@ -93,7 +108,7 @@ class Exchange(ABC):
         """
         row = self.ballot.row(report._replace(wait=self.waited), partials.tallies)
         self.waited = 0.0
-        verdict = self.ballot.read(self._gathered(row, "partials"))
+        verdict = self.ballot.read(self._gathered(row, "partials"))._replace(arrival=self.arrival)
         if verdict.failures:
             rank, code = verdict.failures[0]
             raise PeerFailed(rank, state.step, "forward and backward", code)

@@ -46,4 +46,4 @@ class Solo(Exchange):
 
     def advance(self, state: State, verdict: Verdict) -> bool:
         """Update everything."""
-        return self._segment.advance(state, scale=verdict.scale, rows=verdict.rows, add=False)
+        return self._segment.advance(state, scale=verdict.scale, rows=verdict.rows, add=False, share=verdict.share)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dptrain.arrivals import Arrival
 from dptrain.membership import Membership
 from dptrain.phases import Phase
 from dptrain.tree import Node, additions
@@ -38,7 +39,8 @@ class Verdict(NamedTuple):
     """The decision on a step. ``scale`` makes the gradient sum the clipped mean; ``norm`` is None if not wanted.
 
     ``failures`` are (rank, exit code) of workers that failed; ``compute`` and ``wait`` are seconds, per worker;
-    ``phases`` those of each phase since the run began, (workers, phases).
+    ``phases`` those of each phase since the run began, (workers, phases). ``arrival`` tells of which batch the step is,
+    where that is not the next one in any case.
     """
 
     weight: float
@@ -52,6 +54,12 @@ class Verdict(NamedTuple):
     compute: tuple[float, ...]
     wait: tuple[float, ...]
     phases: npt.NDArray[np.float64]
+    arrival: Arrival | None = None
+
+    @property
+    def share(self) -> float:
+        """What the update gets of the learning rate."""
+        return 1.0 if self.arrival is None else self.arrival.share
 
 
 class Ballot:

@@ -368,6 +368,10 @@ class Exchange(Spec):
     together on a machine add up there and send one sum. Each of several ``servers`` adds up a segment of the vector.
     With ``standby`` there is one more, without a segment. Every server has every update before it counts, so that the
     others go on when one dies.
+
+    ``mode`` "async": a worker computes a batch, and its gradient makes a step as soon as it is there, whatever others
+    did meanwhile. "ssp": at most ``staleness`` steps after the weights that it was computed with; 0 is "sync". With
+    ``staleness_lr`` "inverse" an update gets lr / (1 + its staleness). Neither promises the same bits.
     """
 
     type: Literal["auto", "solo", "node", "segments", "allreduce", "ps"] = "auto"
@@ -381,6 +385,19 @@ class Exchange(Spec):
     host_sum: bool = True
     servers: Count = 1
     standby: bool = False
+    mode: Literal["sync", "async", "ssp"] = "sync"
+    staleness: Natural = 8
+    staleness_lr: Literal["constant", "inverse"] = "constant"
+
+    @property
+    def in_step(self) -> bool:
+        """Whether every gradient is of the newest weights."""
+        return self.mode == "sync" or (self.mode == "ssp" and self.staleness == 0)
+
+    @property
+    def bound(self) -> int | None:
+        """The highest staleness of an update; None where there is none."""
+        return None if self.mode == "async" else self.staleness if self.mode == "ssp" else 0
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

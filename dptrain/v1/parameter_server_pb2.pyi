@@ -639,14 +639,17 @@ class Compute(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     LO_FIELD_NUMBER: _builtins.int
     HI_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
     lease: _builtins.int
     """Its number."""
     step: _builtins.int
-    """The step, and the number of steps that led to the weights."""
+    """The step whose batch it is, and, unless they are told, the number of steps that led to the weights."""
     lo: _builtins.int
     """Shards lo to hi."""
     hi: _builtins.int
     """See lo."""
+    weights: _builtins.int
+    """Where gradients may be late: the number of steps that led to the weights. They come to this worker alone."""
     def __init__(
         self,
         *,
@@ -654,12 +657,15 @@ class Compute(_message.Message):
         step: _builtins.int = ...,
         lo: _builtins.int = ...,
         hi: _builtins.int = ...,
+        weights: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hi", b"hi", "lease", b"lease", "lo", b"lo", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "hi", b"hi", "lease", b"lease", "lo", b"lo", "step", b"step", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__weights: _TypeAlias = _typing.Literal["weights"]  # noqa: Y015
+    _WhichOneofArgType__weights: _TypeAlias = _typing.Literal["_weights", b"_weights"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weights) -> _WhichOneofReturnType__weights | None: ...
 
 Global___Compute: _TypeAlias = Compute  # noqa: Y015
 
@@ -1005,18 +1011,24 @@ class Granted(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     LO_FIELD_NUMBER: _builtins.int
     HI_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    BEST_FIELD_NUMBER: _builtins.int
     lease: _builtins.int
     """Its number."""
     worker: _builtins.int
     """The worker's number."""
     count: _builtins.int
-    """Which of the worker's leases of this step it is, from 1 on."""
+    """Which of the worker's leases that are not added up yet it is, from 1 on; 0 where no vectors come of it."""
     step: _builtins.int
-    """The step."""
+    """The step whose batch it is."""
     lo: _builtins.int
     """Shards lo to hi."""
     hi: _builtins.int
     """See lo."""
+    weights: _builtins.int
+    """Where weights are handed out to who needs them: the number of steps that led to those for this worker."""
+    best: _builtins.bool
+    """See Place; of these weights."""
     def __init__(
         self,
         *,
@@ -1026,11 +1038,15 @@ class Granted(_message.Message):
         step: _builtins.int = ...,
         lo: _builtins.int = ...,
         hi: _builtins.int = ...,
+        weights: _builtins.int | None = ...,
+        best: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "hi", b"hi", "lease", b"lease", "lo", b"lo", "step", b"step", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "best", b"best", "count", b"count", "hi", b"hi", "lease", b"lease", "lo", b"lo", "step", b"step", "weights", b"weights", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__weights: _TypeAlias = _typing.Literal["weights"]  # noqa: Y015
+    _WhichOneofArgType__weights: _TypeAlias = _typing.Literal["_weights", b"_weights"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weights) -> _WhichOneofReturnType__weights | None: ...
 
 Global___Granted: _TypeAlias = Granted  # noqa: Y015

@@ -36,6 +36,7 @@ CODES: dict[type[DptrainError], grpc.StatusCode] = {
     errors.WorkerLost: grpc.StatusCode.ABORTED,
     errors.CorruptionError: grpc.StatusCode.DATA_LOSS,
     errors.DisagreementError: grpc.StatusCode.DATA_LOSS,
+    errors.ReplayError: grpc.StatusCode.DATA_LOSS,
     errors.PoisonError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.RefusedError: grpc.StatusCode.PERMISSION_DENIED,

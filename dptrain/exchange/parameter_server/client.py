@@ -300,7 +300,8 @@ class Client:
 
     def _partials(self, task: pb.Compute, since: float) -> float:
         with self.weights.lock:
-            if not self._free(task.step) or not self.weights.wait((task.step, False)):
+            version = task.weights if task.HasField("weights") else task.step
+            if not self._free(task) or not self.weights.wait((version, False)):
                 return since
             began = time.perf_counter()
             partials = self._compute.partials(task.step, task.lo, task.hi)
@@ -327,15 +328,16 @@ class Client:
             for node, start, stop in some:
                 self._send(segment, held, node, start, stop)
 
-    def _free(self, step: int) -> bool:
+    def _free(self, task: pb.Compute) -> bool:
         """Wait until nobody may want what lies in the outbox any more; False where there is nothing more to do.
 
-        What was computed must have left its memory, and where it is of the same step all servers must have taken it:
-        they might ask for a chunk again.
+        What was computed must have left its memory, and where it is of the same step, or may be late, all servers must
+        have taken it: they might ask for a chunk again.
         """
         weights = self.weights
         while (held := self._held) is not None and not weights.broken:
-            if not held.leaving and (held.task.step != step or not held.awaited):
+            over = held.task.step != task.step and not task.HasField("weights")
+            if not held.leaving and (over or not held.awaited):
                 break
             weights.lock.wait(_LOOK)
             weights.waits += 1

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dptrain.arrivals import arrival
 from dptrain.errors import DeadlineError, DisagreementError, PeerFailed, PoisonError, WorkerLost, exit_code
 from dptrain.exchange.communicator import Message
 from dptrain.exchange.parameter_server import leases
@@ -37,9 +38,12 @@ from dptrain.state import Pair, Segment, State, Store, Update
 from dptrain.tree import Node, merged, subtrees
 from dptrain.v1 import parameter_server_pb2 as pb
 
-_TALLIES = 3
+TALLIES = 3
 
-_LOOK = 0.5
+Memory = tuple[int, int]
+"""A member, and which of the places for its partials."""
+
+LOOK = 0.5
 """Seconds between looks at the clock while nothing comes."""
 
 LATE = 256
@@ -57,6 +61,8 @@ class ParameterServer(Exchange):
     """
 
     name = "ps"
+    hands_out = False
+    """Whether weights go to a worker with what it is to do with them, or to all as soon as there are new ones."""
 
     def __init__(
         self,
@@ -81,7 +87,7 @@ class ParameterServer(Exchange):
         self._question: tuple[Array | None, str] = (None, "")
         self._suspects: dict[int, list[int]] = {}
         self._suspected_at = -1
-        self._boxes: dict[int, tuple[tuple[int, int], Box]] = {}
+        self._boxes: dict[int, tuple[Memory, Box]] = {}
         self._sums: Array = np.zeros(size if membership.size > 1 else 0, dtype)
         """Of the others' segments."""
         self._cut()
@@ -107,6 +113,8 @@ class ParameterServer(Exchange):
             self._total = self.outbox[0, :0]
             self._own = update.segment(self.store, lo, hi, self._total)
         self._chosen: list[tuple[int, int, int]] | None = None
+        self._ended: list[int] | None = None
+        """The leases that are over with this step; None: all."""
         self._followed = {
             rank: update.segment(self.store, start, stop, self._sums[start:stop])
             for rank, (start, stop) in enumerate(self._segments)
@@ -130,7 +138,7 @@ class ParameterServer(Exchange):
         job = int(self._identity["job"].removeprefix("sha256:")[:16], 16)
         rank, servers = self.membership.rank, self._servers
         lo, hi = self._segments[rank]
-        self.outlet = Outlet(job, rank, lo, hi)
+        self.outlet = Outlet(job, rank, lo, hi, asked=self.hands_out)
         part = Part(
             identity=self._identity,
             job=job,
@@ -188,15 +196,16 @@ class ParameterServer(Exchange):
         """Update everything."""
         assert self._own is not None
         add = not self.update.clip_norm and self.membership.size == 1
-        good = self._own.advance(state, scale=verdict.scale, rows=verdict.rows, add=add)
+        scale, rows, share = verdict.scale, verdict.rows, verdict.share
+        good = self._own.advance(state, scale=scale, rows=rows, add=add, share=share)
         for other in self._followed.values():
-            good = other.advance(state, scale=verdict.scale, rows=verdict.rows, add=False) and good
+            good = other.advance(state, scale=scale, rows=rows, add=False, share=share) and good
         return good
 
     def swap(self, state: State, partials: Partials, report: Report) -> tuple[State, Verdict]:
         """See Exchange; ``partials`` are none."""
         failure: BaseException | None = None
-        tallies = np.zeros((1, _TALLIES))
+        tallies = np.zeros((1, TALLIES))
         self._publish(state)
         self._chosen = None
         if self.leads and not report.failure:
@@ -223,12 +232,17 @@ class ParameterServer(Exchange):
         """Have all servers add up the same leases: those that the chief has chosen."""
         self.phases.begin(Phase.WAITING, "partials")
         started = time.perf_counter()
-        chosen = self._servers.broadcast_json(self._chosen, "partials")
+        said = [self._chosen, self._ended, self.arrival]
+        chosen, ended, arrived = self._servers.broadcast_json(said, "partials")
         self.waited += time.perf_counter() - started
+        self.arrival = arrival(arrived)
         if self.leads or chosen is None or not len(self._total):
             return
         boxes = [((member, count), self.intake.box(lease)) for lease, member, count in chosen]
-        self.hub.chosen()
+        if ended is None:
+            self.hub.chosen()
+        else:
+            self.hub.over(ended)
         self._add_up(boxes)
 
     def judging(self, weights: Array, part: str, state: State) -> None:
@@ -335,20 +349,23 @@ class ParameterServer(Exchange):
         done = self._answered(state.step, shards, ask, fits, self.backup_workers)
         self.waited += time.perf_counter() - started
         self.phases.begin(Phase.EXCHANGE)
+        chosen = [some.answer.number for some in done if some.answer is not None]
+        self._chosen = [(lease, *boxes[lease][0]) for lease in chosen]
+        return self._finished([(*boxes[lease], self._rows[lease]) for lease in chosen])
+
+    def _finished(self, chosen: Sequence[tuple[Memory, Box, npt.NDArray[np.float64]]]) -> npt.NDArray[np.float64]:
+        """The tallies of a step that has come in these boxes, whose sum is prepared."""
         tallies: dict[Node, list[float]] = {}
-        chosen = [some.answer for some in done if some.answer is not None]
-        for lease in chosen:
-            for i, node in enumerate(boxes[lease.number][1].nodes):
-                tallies[node] = self._rows[lease.number][i].tolist()
-        self._chosen = [(lease.number, *boxes[lease.number][0]) for lease in chosen]
-        self._add_up([boxes[lease.number] for lease in chosen])
+        for _, box, rows in chosen:
+            tallies |= {node: rows[i].tolist() for i, node in enumerate(box.nodes)}
+        self._add_up([(memory, box) for memory, box, _ in chosen])
         _, plan = merged(list(tallies), self._goal)
         for parent, left, right in plan:
             a, b = tallies[left], tallies[right]
             tallies[parent] = [a[0] + b[0], a[1] + b[1], a[2] + b[2]]
         return np.array([tallies[self._goal]])
 
-    def _add_up(self, boxes: Sequence[tuple[tuple[int, int], Box]]) -> None:
+    def _add_up(self, boxes: Sequence[tuple[Memory, Box]]) -> None:
         """The sum over these, made once for as long as the same members have the same shards."""
         lo, hi = self._segments[self.membership.rank]
         if lo == hi:
@@ -420,7 +437,7 @@ class ParameterServer(Exchange):
                         for grant in leases.doubled(ranges, sorted(hub.members), backup):
                             ask(grant)
                 wait = leases.until_overdue(living, heard, now, self.lease_seconds)
-                hub.changed.wait(min(_LOOK, max(0.0, wait)))
+                hub.changed.wait(min(LOOK, max(0.0, wait)))
             self._disagree(self._compared(ranges, step))
             hub.chosen(self._late)
         return sorted(ranges, key=lambda some: some.lo)
@@ -535,7 +552,7 @@ class ParameterServer(Exchange):
             self._look_up()
             if time.monotonic() > until:
                 raise self._deserted(hub.step)
-            hub.changed.wait(_LOOK)
+            hub.changed.wait(LOOK)
         return sorted(number for number, member in hub.members.items() if member.working)
 
     def _give_anew(self, ranges: list[Range], ask: Callable[[Grant], None]) -> None:
@@ -568,13 +585,7 @@ class ParameterServer(Exchange):
                     before = self._suspects.setdefault(shard, [])
                     before.append(member.number)
                     if len(before) > 1:
-                        raise PoisonError(
-                            f"shard {shard} at step {step}",
-                            expected="its owner to live",
-                            found=f"that workers {before[0]} and {before[1]}, who had it one after the other, were "
-                            "lost there",
-                            cure="look at that shard's rows and at the model: whatever is in them ends every worker",
-                        )
+                        raise poison(shard, step, before)
 
     def _told(self, member: Member, why: str, step: int) -> None:
         self.intake.forget(member.number)
@@ -587,6 +598,16 @@ class ParameterServer(Exchange):
             found="none",
             cure="start some with `dptrain worker --server ADDRESS`, and go on with --resume",
         )
+
+
+def poison(shard: int, step: int, lost: Sequence[int]) -> PoisonError:
+    """What ends a run in which two workers were ``lost`` with a shard."""
+    return PoisonError(
+        f"shard {shard} at step {step}",
+        expected="its owner to live",
+        found=f"that workers {lost[0]} and {lost[1]}, who had it one after the other, were lost there",
+        cure="look at that shard's rows and at the model: whatever is in them ends every worker",
+    )
 
 
 def _processes(member: Member) -> dict[str, Any]:

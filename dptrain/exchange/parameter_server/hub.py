@@ -9,7 +9,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from dptrain.errors import ArithmeticMismatch, BusyError, DataError, DptrainErro
 from dptrain.exchange.parameter_server.codec import Piece
 from dptrain.exchange.parameter_server.intake import Intake
 from dptrain.exchange.parameter_server.leases import Lease
-from dptrain.exchange.parameter_server.outlet import Listening, Outlet
+from dptrain.exchange.parameter_server.outlet import Listening, Outlet, Version
 from dptrain.tree import subtrees
 from dptrain.v1 import parameter_server_pb2 as pb
 
@@ -145,19 +145,33 @@ class Hub:
         with self.changed:
             self.changed.notify_all()
 
-    def lease(self, member: int, lo: int, hi: int, *, count: int = 0) -> Lease:
+    def lease(
+        self,
+        member: int,
+        lo: int,
+        hi: int,
+        *,
+        count: int = 0,
+        step: int | None = None,
+        weights: Version | None = None,
+    ) -> Lease:
         """A new lease, open from now on; to be called with ``changed`` held.
 
-        ``count`` is which of the member's leases of this step it is, where vectors are to come of it.
+        ``count`` is which of the member's leases that are not added up yet it is, where vectors are to come of it, of
+        ``step`` (None: the present one). ``weights`` are handed to the member.
         """
         part = self.part
         assert part is not None
         self._lease += 1
         lease = Lease(self._lease, member, lo, hi)
-        self.open[lease.number] = Answered(lease, self.step, part.owners if count else frozenset())
+        step = self.step if step is None else step
+        self.open[lease.number] = Answered(lease, step, part.owners if count else frozenset())
         self.members[member].heard = time.monotonic()
-        if count:
-            granted = pb.Granted(lease=lease.number, worker=member, count=count, step=self.step, lo=lo, hi=hi)
+        if count or weights is not None:
+            granted = pb.Granted(lease=lease.number, worker=member, count=count, step=step, lo=lo, hi=hi)
+            if weights is not None:
+                part.outlet.hand(member, weights)
+                granted.weights, granted.best = weights
             part.tell(pb.Notice(granted=granted), sorted(part.owners))
         return lease
 
@@ -167,6 +181,14 @@ class Hub:
             if self.part is not None:
                 self.part.intake.shut(list(self.open))
             self.open = {number: open_ for number, open_ in self.open.items() if number in late}
+
+    def over(self, leases: Iterable[int]) -> None:
+        """These leases are over, and only these."""
+        with self.changed:
+            if self.part is not None:
+                self.part.intake.shut(list(leases))
+            for lease in leases:
+                self.open.pop(lease, None)
 
     def send(self, member: int, **task: Any) -> None:
         """Give a member a task; to be called with ``changed`` held."""
@@ -182,6 +204,7 @@ class Hub:
         self.losses.append((member, why))
         self._epochs.pop(number, None)
         assert self.part is not None
+        self.part.outlet.forget(number)
         self.part.tell(pb.Notice(lost=number), range(len(self.part.servers)))
         self.changed.notify_all()
 
@@ -219,12 +242,18 @@ class Hub:
         elif what == "lost":
             self._epochs.pop(notice.lost, None)
             part.intake.forget(notice.lost)
+            part.outlet.forget(notice.lost)
         elif what == "granted":
             granted = notice.granted
             lease = Lease(granted.lease, granted.worker, granted.lo, granted.hi)
-            self.step, self._lease = granted.step, granted.lease
-            self.open[lease.number] = Answered(lease, granted.step, frozenset((part.rank,)))
-            part.intake.expect(lease.number, lease.member, granted.count, subtrees(lease.lo, lease.hi, part.shards))
+            self._lease = granted.lease
+            if granted.HasField("weights"):
+                part.outlet.hand(lease.member, (granted.weights, granted.best))
+            else:
+                self.step = granted.step
+            if granted.count:
+                self.open[lease.number] = Answered(lease, granted.step, frozenset((part.rank,)))
+                part.intake.expect(lease.number, lease.member, granted.count, subtrees(lease.lo, lease.hi, part.shards))
         elif what == "whole":
             open_ = self.open.get(notice.whole)
             if open_ is not None and server in part.servers:
@@ -345,7 +374,7 @@ class Hub:
                 self.changed.wait_for(lambda: self._known(membership) or self._over(part), _NEWS)
             if part is None or part is not self.part or not self._known(membership):
                 return None
-            return part.outlet.listen()
+            return part.outlet.listen(membership.worker)
 
     def _known(self, membership: pb.Membership) -> bool:
         epoch = self._epochs.get(membership.worker)

@@ -7,6 +7,9 @@ from dptrain.exchange.parameter_server.codec import cuts, encode
 from dptrain.layout import Array
 from dptrain.v1 import parameter_server_pb2 as pb
 
+Version = tuple[int, bool]
+"""The number of steps that led to weights, and whether they are the best ones."""
+
 
 class Messages:
     """A vector's chunks, ready to be sent, as they are made by one thread: ``count`` of them in all."""
@@ -33,16 +36,23 @@ class Messages:
 class Outlet:
     """Hands out elements lo to hi of a vector. A listener that is slow gets the newest, not all.
 
+    With ``asked`` a worker gets what it is to ``hand`` it, and nothing else.
+
     Chunks are made once, when a vector is handed out, the first of them on its way while the next is made: they are the
     same for all listeners, and nobody holds the vector itself afterwards.
     """
 
-    def __init__(self, job: int, segment: int, lo: int, hi: int) -> None:
+    def __init__(self, job: int, segment: int, lo: int, hi: int, *, asked: bool = False) -> None:
         self._job, self._segment, self._lo, self._hi = job, segment, lo, hi
         self._lock = threading.Lock()
         self._newest: Messages | None = None
         self._listeners: set[Listening] = set()
         self._closed = False
+        self._asked = asked
+        self._version: Version | None = None
+        self._wanted: dict[int, Version] = {}
+        self._given: dict[int, tuple[Version, Messages]] = {}
+        self._of: dict[int, Listening] = {}
         self.changed = False
         """Whether it was closed because the servers are others now."""
 
@@ -68,17 +78,46 @@ class Outlet:
         ]
         messages = Messages(len(places))
         with self._lock:
-            self._newest = messages
-            for listener in self._listeners:
+            self._newest, self._version = messages, (step, best)
+            for listener in () if self._asked else self._listeners:
                 listener.hear(messages)
+            for worker in list(self._wanted):
+                self._give(worker)
         for place, some in places:
             messages.add(encode(place, some))
 
-    def listen(self) -> "Listening":
-        """From now on, beginning with the newest there is."""
+    def hand(self, worker: int, version: Version) -> None:
+        """Hand a version to a worker, as soon as it is published; it is the only one that this worker waits for."""
+        with self._lock:
+            self._wanted[worker] = version
+            self._give(worker)
+
+    def forget(self, worker: int) -> None:
+        """It is gone."""
+        with self._lock:
+            for known in (self._wanted, self._given, self._of):
+                known.pop(worker, None)
+
+    def _give(self, worker: int) -> None:
+        version = self._wanted[worker]
+        if self._newest is None or self._version != version:
+            return
+        del self._wanted[worker]
+        if worker in self._given and self._given[worker][0] == version:
+            return
+        self._given[worker] = version, self._newest
+        if worker in self._of:
+            self._of[worker].hear(self._newest)
+
+    def listen(self, worker: int) -> "Listening":
+        """From now on, beginning with the newest there is for this worker."""
         with self._lock:
             listening = Listening(self)
-            if self._newest is not None:
+            if self._asked:
+                self._of[worker] = listening
+                if worker in self._given:
+                    listening.hear(self._given[worker][1])
+            elif self._newest is not None:
                 listening.hear(self._newest)
             if self._closed:
                 listening.end()
