@@ -1,0 +1,45 @@
+"""A run that is begun under MPI, gone on with by parameter servers, and ended under MPI, or the other way round."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from dptrain.journal import read_all
+from tests.faults import jobs
+from tests.faults.live import until
+from tests.faults.oracle import PROGRAM, Command, Surroundings, undisturbed
+
+JOB = jobs.JOBS[2].of(500)
+MPI = ["-n", "3"]
+SERVERS = ["-n", "2", "--exchange", "ps", "--servers", "2"]
+
+
+@pytest.mark.parametrize("ways", [[MPI, SERVERS, MPI], [SERVERS, MPI, SERVERS]], ids=["MPI", "servers"])
+def test_a_run_goes_on_by_another_way_to_the_same_bits(ways: list[list[str]], tmp_path: Path) -> None:
+    place = Surroundings(tmp_path)
+    (tmp_path / "job.toml").write_text(JOB.text)
+    reached = 0
+    for number, way in enumerate(ways):
+        line = [*PROGRAM, "run", "job.toml", *way, "--run-dir", "run", "--progress", "none"]
+        command = place.start(line + ["--resume"] * (number > 0))
+        if number < len(ways) - 1:
+            assert _reaches(tmp_path, reached + 40, command)
+            command.process.send_signal(signal.SIGTERM)
+        ended = place.ended(command, 120)
+        assert ended.code == 0, ended.said
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert result["state"] == ("stopped" if number < len(ways) - 1 else "done")
+        assert (result["exchange"] == "ps") == (way is SERVERS)
+        reached = result["steps"]
+    assert result["weights_sha256"] == undisturbed(JOB.text).weights_sha256
+    assert place.leftovers() == []
+
+
+def _reaches(folder: Path, step: int, command: Command) -> bool:
+    def there() -> bool:
+        lines = read_all(folder / "run" / "journal.jsonl")
+        return max((line.get("step", 0) for line in lines), default=0) >= step
+
+    return until(lambda: there() or not command.running, 120, nap=0.01) and command.running
