@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dptrain import arithmetic
+from dptrain import arithmetic, heap
 from dptrain.errors import BusyError, UnreachableError
 from dptrain.job.spec import Job, plain, rebuild
 
@@ -45,6 +45,7 @@ def work(
     from dptrain.wire.address import parse
     from dptrain.wire.channel import connect
 
+    heap.keep()
     addresses = [parse(server) for server in servers]
     with ExitStack() as left:
         channels = []

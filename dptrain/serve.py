@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dptrain import arithmetic
+from dptrain import arithmetic, heap
 from dptrain.errors import exit_code
 from dptrain.job.spec import Job, plain
 
@@ -41,6 +41,7 @@ def serve(
     others do what it would have done.
     """
     job = replace(job, exchange=replace(job.exchange, type="ps", servers=servers, standby=standby))
+    heap.keep()
     arithmetic.choose(job.arithmetic.kernels, job.arithmetic.threads)
     from dptrain.exchange.parameter_server.hub import Hub
     from dptrain.exchange.parameter_server.peers import Peers

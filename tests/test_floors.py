@@ -21,6 +21,7 @@ FLOORS = [
         "arithmetic",
         "phases",
         "limits",
+        "heap",
         "cores",
         "board",
         "processes",

@@ -20,11 +20,13 @@ from typing import Any
 import grpc
 import numpy as np
 
+from dptrain import heap
 from dptrain.exchange.parameter_server.client import Stub, Weights
 from dptrain.exchange.parameter_server.codec import Written, cuts, encode
-from dptrain.exchange.parameter_server.hub import Hub
+from dptrain.exchange.parameter_server.hub import Hub, Part
 from dptrain.exchange.parameter_server.intake import Intake
 from dptrain.exchange.parameter_server.outlet import Outlet
+from dptrain.exchange.parameter_server.peers import Peers
 from dptrain.exchange.parameter_server.servicer import Servicer
 from dptrain.layout import Array
 from dptrain.packing import RAW
@@ -50,9 +52,24 @@ def sizes(elements: int) -> list[int]:
 
 def serve(folder: str, elements: int) -> None:
     """Be the server of both, until standard input ends."""
+    heap.keep()
     hub = Hub({})
     intake, outlet = Intake(0, 0, elements, np.float32, Written(RAW, elements)), Outlet(JOB, 0, 0, elements)
-    hub.admit(IDENTITY, intake, outlet, JOB)
+    part = Part(
+        identity=IDENTITY,
+        job=JOB,
+        shards=1,
+        intake=intake,
+        outlet=outlet,
+        rank=0,
+        servers=(0,),
+        segments=1,
+        owners=frozenset({0}),
+        era=0,
+        tell=lambda notice, servers: None,
+    )
+    hub.admit(part)
+    peers = Peers(hub, segments=1, others=0, follows=False, silent_seconds=SECONDS)
     vector = np.random.default_rng(1).standard_normal(elements, dtype=np.float32)
     chunks = [bytes(size) for size in sizes(elements)]
 
@@ -60,7 +77,7 @@ def serve(folder: str, elements: int) -> None:
         """A lease of one node for the worker that has joined."""
         with hub.changed:
             (member,) = hub.members
-            made = hub.lease(member, 0, 1, vectors=True)
+            made = hub.lease(member, 0, 1, count=1)
             intake.expect(made.number, member, 1, [Node(0, 1)])
         return str(made.number).encode()
 
@@ -97,7 +114,7 @@ def serve(folder: str, elements: int) -> None:
     bare.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(BARE, handlers),))
     bare.add_insecure_port(f"unix:{folder}/bare")
     bare.start()
-    ours = Server(parse(f"unix:{folder}/ours"), [Servicer(hub, SECONDS).service()])
+    ours = Server(parse(f"unix:{folder}/ours"), [Servicer(hub, SECONDS, peers).service()])
     ours.start()
     print("ready", flush=True)
     sys.stdin.read()
@@ -125,7 +142,7 @@ class Both:
         self._bare_sent, self._bare_pushed = self._stream(bare.stream_stream(f"/{BARE}/push"))
         self._asked, self._bare_pulled = self._stream(bare.stream_stream(f"/{BARE}/pull"))
         self._published, _ = self._stream(bare.stream_stream(f"/{BARE}/publish"))
-        self._weights = Weights(np.zeros(elements, np.float32), JOB)
+        self._weights = Weights(np.zeros(elements, np.float32), JOB, [(0, elements)])
         pulled = stub.pull(iter([pb.PullRequest(membership=self._membership)]))
         self._streams.append(pulled)
         threading.Thread(target=self._receive, args=(pulled,), daemon=True).start()
@@ -144,7 +161,7 @@ class Both:
     def _receive(self, pulled: Any) -> None:
         try:
             for piece in pulled:
-                self._weights.take(piece)
+                self._weights.take(0, piece)
         except grpc.RpcError:
             self._weights.stop()
 
@@ -215,6 +232,7 @@ WAYS = ("push", "bare_push", "pull", "bare_pull")
 
 def main(elements: int, times: int, repeats: int) -> None:
     """Print the bytes a second of each way in each of the interleaved repeats, as one line of JSON."""
+    heap.keep()
     with tempfile.TemporaryDirectory() as folder:
         line = [sys.executable, "-m", "bench.contestants.wire", "--serve", folder, str(elements)]
         with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
