@@ -43,7 +43,7 @@ def temporary(folder: Path) -> Path:
 class Run:
     """A supervised run, and what it says of itself while it goes on."""
 
-    def __init__(self, folder: Path, *arguments: str, exchange: str = "ps") -> None:
+    def __init__(self, folder: Path, *arguments: str) -> None:
         self.dir = folder / "run"
         line = [
             sys.executable,
@@ -53,7 +53,7 @@ class Run:
             "run",
             str(folder / "job.toml"),
             "--exchange",
-            exchange,
+            "ps",
             "--set",
             "exchange.host_sum=false",
         ]
@@ -162,21 +162,3 @@ def test_without_a_standby_the_newest_checkpoint_is_used(folder: Path, solo: str
     assert "starting again from step" in said
     assert run.result["weights_sha256"] == solo
     assert run.result["attempt"] == 2
-
-
-def test_a_run_goes_from_mpi_to_servers_and_back(folder: Path, solo: str) -> None:
-    """Stopped by a request under each, and gone on with under the other."""
-    steps = []
-    for exchange, arguments in (("node", ["-n", "3"]), ("ps", ["-n", "2", "--servers", "2", "--resume"])):
-        run = Run(folder, *arguments, exchange=exchange)
-        run.reach(max([*steps, 0]) + 250)
-        run.process.send_signal(signal.SIGTERM)
-        code, said = run.end()
-        assert code == 0, said
-        assert (run.result["state"], run.result["exchange"]) == ("stopped", exchange)
-        steps.append(run.result["steps"])
-    assert 0 < steps[0] < steps[1] < 1500
-    last = Run(folder, "-n", "2", "--resume", exchange="node")
-    code, said = last.end()
-    assert code == 0, said
-    assert (last.result["exchange"], last.result["weights_sha256"]) == ("node", solo)
