@@ -4,6 +4,7 @@ import io
 import math
 import mmap
 import os
+import threading
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -118,10 +119,15 @@ class Opened:
         )
 
 
+_PARSING = threading.Lock()
+"""numpy takes headers apart with ``ast``, whose count of recursions CPython before 3.11.8 keeps for all threads: it raises
+SystemError now and then where two parse at once (python/cpython#106905)."""
+
+
 def _embedded(store: Store) -> Array:
     name, member = store.path.removeprefix("embedded:").split("/")
     path = os.path.join(os.path.dirname(__file__), "embedded", EMBEDDED[name])
-    with np.load(path, allow_pickle=False) as members:
+    with _PARSING, np.load(path, allow_pickle=False) as members:
         array: Array = members[member].reshape(store.shape)
     array.flags.writeable = False
     return array
@@ -158,7 +164,7 @@ def npy_header(file: BinaryIO, where: str) -> Header:
     text = io.BytesIO(start[8:] + file.read(before + length - 12))
     read = np.lib.format.read_array_header_1_0 if before == 10 else np.lib.format.read_array_header_2_0
     try:
-        with warnings.catch_warnings():
+        with _PARSING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             shape, fortran, dtype = read(text)
     except Exception as error:  # numpy parses a literal here; whatever it trips over, the header is not one
