@@ -1,12 +1,17 @@
 """The composition root of a worker that joins a parameter server."""
 
 import itertools
+import os
 import random
+import signal
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dptrain import arithmetic, heap
@@ -18,6 +23,9 @@ if TYPE_CHECKING:
     from dptrain.parts import Parts
     from dptrain.wire.address import Address
     from dptrain.wire.security import Calling
+
+_LEAVE_SECONDS = 2.0
+"""In which a server must have answered a worker that leaves."""
 
 _FIRST, _MOST = 0.1, 5.0
 """Seconds between attempts to come back to a server that was lost, at first and at most."""
@@ -73,6 +81,34 @@ def work(
         return _work(channels, job, processes, seconds)
 
 
+@contextmanager
+def _leaving(leave: Callable[[], object]) -> Iterator[None]:
+    """Within it, SIGTERM ends this worker only after the server was told, which would take it for dead otherwise.
+
+    Workers that are ended together must not look as if a shard ended one after the other.
+    """
+
+    def tell() -> None:
+        try:
+            leave()
+        except Exception:  # a server that can't be told notices by itself
+            pass
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        threading.Thread(target=tell, name="dptrain-leaving", daemon=True).start()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, asked)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _work(servers: Sequence[tuple["Address", Any]], job: Job, processes: int, seconds: float) -> int:
     from dptrain.exchange.communicator import Alone
     from dptrain.exchange.parameter_server.client import Broken, Client, Stub, stubs_of
@@ -117,7 +153,9 @@ def _work(servers: Sequence[tuple["Address", Any]], job: Job, processes: int, se
                     raise Broken
                 cuts = segments(parts.update.layout.size, joined.segments)
                 client = Client(stubs, cuts, joined.membership, here, job.exchange.lease_seconds, named, written)
-                code = client.run()
+                leaves = pb.LeaveRequest(membership=joined.membership)
+                with _leaving(partial(stub.leave, leaves, timeout=_LEAVE_SECONDS)):
+                    code = client.run()
             except Broken:
                 if client is not None and client.begun:
                     lost, pause = time.monotonic(), _FIRST

@@ -120,8 +120,8 @@ class Opened:
 
 
 _PARSING = threading.Lock()
-"""numpy takes headers apart with ``ast``, whose count of recursions CPython before 3.11.8 keeps for all threads: it raises
-SystemError now and then where two parse at once (python/cpython#106905)."""
+"""numpy takes headers apart with ``ast``, whose count of recursions CPython before 3.11.8 keeps for all threads: it
+raises SystemError now and then where two parse at once (python/cpython#106905)."""
 
 
 def _embedded(store: Store) -> Array:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +29,9 @@ REFUSED = 126
 
 UNSEEN = 42
 """The code of a look at a mark that is not seen."""
+
+LEAVING_SECONDS = 3.0
+"""In which what is asked to end must have ended, before it is killed."""
 
 GONE_SECONDS = 10.0
 """In which processes that were killed must be gone."""
@@ -57,6 +61,7 @@ class Daemons:
         self._environ = environment(environ, address)
         self._lock = threading.Lock()
         self._wanted: set[int] = set()
+        self._workers: set[int] = set()
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._threads: list[threading.Thread] = []
 
@@ -83,6 +88,7 @@ class Daemons:
         line = [sys.executable, "-P", "-m", "dptrain", "worker", "--processes", str(asked.processes)]
         line += ["--server", str(Address(self._server.host or "127.0.0.1", asked.port))]
         line += [] if self._ca is None else ["--tls-ca", str(self._ca.resolve())]
+        self._workers.add(asked.id)
         self._begin(asked.id, "worker", line, {VARIABLE: asked.token}, asked.files)
 
     def _begin(
@@ -159,14 +165,29 @@ class Daemons:
             process = self._running.get(number)
         if process is not None:
             # What it started in its session is ended by who attends it.
-            process.kill()
+            if number in self._workers:
+                process.terminate()
+                timer = threading.Timer(LEAVING_SECONDS, process.kill)
+                timer.daemon = True
+                timer.start()
+            else:
+                process.kill()
 
     def close(self) -> None:
         """End all, and return when all is gone."""
         with self._lock:
             self._wanted.clear()
-            running = list(self._running.values())
-        for process in running:
+            running = list(self._running.items())
+        # A worker tells its parameter server before it goes.
+        for number, process in running:
+            if number in self._workers:
+                process.terminate()
+            else:
+                process.kill()
+        until = time.monotonic() + LEAVING_SECONDS
+        for _, process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
             process.kill()
         for thread in self._threads:
             thread.join(2 * GONE_SECONDS)
@@ -190,6 +211,7 @@ class Daemons:
         with self._lock:
             del self._running[number]
             self._wanted.discard(number)
+            self._workers.discard(number)
         log.tell("ended", id=number, code=code)
         self._say(pb.ServeRequest(exited=pb.Exited(id=number, code=128 - code if code < 0 else code)))
 
