@@ -3,6 +3,9 @@
 import os
 from collections.abc import Iterator
 
+# gRPC's handlers of a fork would otherwise run in every process that a test starts, and now and then abort it.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 import pytest
 
 

@@ -5,12 +5,15 @@ detached from a job that goes on.
 """
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -495,12 +498,20 @@ def _code(state: "job_pb2.JobState.ValueType") -> int:
 
 @contextmanager
 def _detachable(back: str) -> Iterator[None]:
-    """Ctrl-C within it leaves the job alone and says how to come back."""
+    """Ctrl-C within it leaves the job alone, says how to come back, and ends this process.
+
+    At once: an exception would be lost where it came in the middle of something that ignores exceptions.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"\ndptrain: detached; the job goes on. To come back: {back}\n".encode())
+        os._exit(DETACHED)
+
+    before = signal.signal(signal.SIGINT, leave)
     try:
         yield
-    except KeyboardInterrupt:
-        print(f"\ndptrain: detached; the job goes on. To come back: {back}", file=sys.stderr, flush=True)
-        raise typer.Exit(DETACHED) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _tell(job: "job_pb2.Job", output: Output, *, short: bool = False) -> None:
