@@ -10,13 +10,13 @@ from dptrain.arrivals import Arrival
 from dptrain.exchange.communicator import Alone
 from dptrain.exchange.protocol import Exchange, Load
 from dptrain.exchange.segments import in_place
-from dptrain.exchange.verdict import Ballot, Report, Verdict
+from dptrain.exchange.verdict import Ballot, Report, Verdict, summed
 from dptrain.layout import Array
 from dptrain.membership import Led, Membership
 from dptrain.nn.accumulate import TALLIES, Accumulator, Partials, Schedule
 from dptrain.phases import Phase
 from dptrain.state import Segment, State, Store, Update
-from dptrain.tree import Node, merged, subtrees
+from dptrain.tree import Node, additions, subtrees
 
 
 class Log(Alone):
@@ -119,18 +119,14 @@ class Replayed(Exchange):
             if not self._uses[part.weights]:
                 del self._versions[part.weights]
         self.phases.begin(Phase.EXCHANGE)
-        _, plan_of_sum = merged(list(tallies), self._goal)
-        for parent, left, right in plan_of_sum:
-            tallies[parent] = [a + b for a, b in zip(tallies[left], tallies[right], strict=True)]
-        return np.array([tallies[self._goal]])
+        return np.array([summed(tallies, additions(tallies, self._goal), self._goal)])
 
     def _prepare(self, cuts: tuple[tuple[int, int], ...]) -> tuple[Segment, dict[Node, Array]]:
         """The sum over the nodes of these ranges, and where each node's vector is to lie."""
         size, dtype = self.update.layout.size, self.outbox.dtype
         nodes = [node for lo, hi in cuts for node in subtrees(lo, hi, self.membership.shards)]
         vectors: dict[Node, Array] = {node: np.zeros(size, dtype) for node in nodes}
-        _, plan = merged(nodes, self._goal)
-        pairs, total = in_place(dict(vectors), plan, self._goal)
+        pairs, total = in_place(dict(vectors), additions(nodes, self._goal), self._goal)
         found = self._prepared[cuts] = self.update.segment(self.store, 0, size, total, pairs), vectors
         return found
 

@@ -5,7 +5,7 @@ canonical tree, squared norms over blocks in their order.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,13 +13,13 @@ import numpy.typing as npt
 
 from dptrain.arrivals import Arrival
 from dptrain.membership import Membership
+from dptrain.nn.accumulate import TALLIES
 from dptrain.phases import Phase
-from dptrain.tree import Node, additions
+from dptrain.tree import Add, Node, additions
 
 FAILURE, SIGNAL, COMPUTE, WAIT = range(4)
 _PHASES = slice(4, 4 + len(Phase))
 _HEAD = _PHASES.stop
-_TALLIES = 3
 
 
 class Report(NamedTuple):
@@ -62,6 +62,14 @@ class Verdict(NamedTuple):
         return 1.0 if self.arrival is None else self.arrival.share
 
 
+def summed(tallies: dict[Node, list[float]], plan: Iterable[Add], goal: Node) -> list[float]:
+    """The tallies of ``goal``, by a plan of additions that make it; those of all its parents are put down too."""
+    for parent, left, right in plan:
+        a, b = tallies[left], tallies[right]
+        tallies[parent] = [a[0] + b[0], a[1] + b[1], a[2] + b[2]]
+    return tallies[goal]
+
+
 class Ballot:
     """Packs reports into rows, reads the verdict off all rows, and the norm off all rows of squares."""
 
@@ -73,10 +81,10 @@ class Ballot:
         self._nodes = max(len(nodes) for nodes in membership.nodes)
         # Where a row begins, which of its tallies are whose, and how they are added.
         places = [(node, rank, i) for rank, nodes in enumerate(membership.nodes) for i, node in enumerate(nodes)]
-        self._places = [(node, rank, _HEAD + i * _TALLIES) for node, rank, i in places]
+        self._places = [(node, rank, _HEAD + i * TALLIES) for node, rank, i in places]
         self._goal = Node(0, membership.shards)
         self._additions = additions([node for node, *_ in places], self._goal)
-        self._row = np.zeros(_HEAD + self._nodes * _TALLIES)
+        self._row = np.zeros(_HEAD + self._nodes * TALLIES)
         self._squares = np.zeros(max(1, *self.squares))
 
     def row(self, report: Report, tallies: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -96,11 +104,8 @@ class Ballot:
         """The verdict of all rows, in order of rank, as far as it doesn't depend on the gradient."""
         # Python's numbers: there are few of them, and numpy takes its time for each call.
         every = rows.tolist()
-        values = {node: every[rank][at : at + _TALLIES] for node, rank, at in self._places}
-        for parent, left, right in self._additions:
-            a, b = values[left], values[right]
-            values[parent] = [a[0] + b[0], a[1] + b[1], a[2] + b[2]]
-        weight, loss, count = values[self._goal]
+        values = {node: every[rank][at : at + TALLIES] for node, rank, at in self._places}
+        weight, loss, count = summed(values, self._additions, self._goal)
         scale = 1 / weight if weight > 0 else math.nan
         return Verdict(
             weight=weight,

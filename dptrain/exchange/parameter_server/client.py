@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from dptrain.arithmetic import peak_memory
 from dptrain.errors import DptrainError, RefusedError, exit_code
 from dptrain.exchange.parameter_server import codec
-from dptrain.exchange.parameter_server.codec import Piece, Written, cuts, elements, encode
+from dptrain.exchange.parameter_server.codec import Piece, Version, Written, cuts, elements, encode
 from dptrain.exchange.parameter_server.compute import Compute
 from dptrain.exchange.parameter_server.service import SERVICE
 from dptrain.layout import Array
@@ -93,10 +93,6 @@ class _Sending:
         if message is None:
             raise StopIteration
         return message() if callable(message) else message
-
-
-Version = tuple[int, bool]
-"""The number of steps that led to weights, and whether they are the best ones."""
 
 
 class Damaged(Exception):

@@ -19,6 +19,9 @@ from dptrain.v1 import parameter_server_pb2 as pb
 CHUNK = 1 << 20
 """The most bytes of data in a chunk."""
 
+Version = tuple[int, bool]
+"""The number of steps that led to weights, and whether they are the best ones."""
+
 _PLACE, _DATA = b"\x0a", b"\x12"
 _LONGEST_VARINT = 5
 

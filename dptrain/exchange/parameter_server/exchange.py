@@ -28,17 +28,15 @@ from dptrain.exchange.parameter_server.outlet import Outlet
 from dptrain.exchange.parameter_server.servers import Chief
 from dptrain.exchange.protocol import Exchange
 from dptrain.exchange.segments import in_place
-from dptrain.exchange.verdict import Ballot, Report, Verdict
+from dptrain.exchange.verdict import Ballot, Report, Verdict, summed
 from dptrain.layout import BLOCK, Array, segments
 from dptrain.membership import Led, Membership
-from dptrain.nn.accumulate import Partials
+from dptrain.nn.accumulate import TALLIES, Partials
 from dptrain.packing import encoding_of
 from dptrain.phases import Phase
-from dptrain.state import Pair, Segment, State, Store, Update
-from dptrain.tree import Node, merged, subtrees
+from dptrain.state import Segment, State, Store, Update
+from dptrain.tree import Node, additions, subtrees
 from dptrain.v1 import parameter_server_pb2 as pb
-
-TALLIES = 3
 
 Memory = tuple[int, int]
 """A member, and which of the places for its partials."""
@@ -359,11 +357,7 @@ class ParameterServer(Exchange):
         for _, box, rows in chosen:
             tallies |= {node: rows[i].tolist() for i, node in enumerate(box.nodes)}
         self._add_up([(memory, box) for memory, box, _ in chosen])
-        _, plan = merged(list(tallies), self._goal)
-        for parent, left, right in plan:
-            a, b = tallies[left], tallies[right]
-            tallies[parent] = [a[0] + b[0], a[1] + b[1], a[2] + b[2]]
-        return np.array([tallies[self._goal]])
+        return np.array([summed(tallies, additions(tallies, self._goal), self._goal)])
 
     def _add_up(self, boxes: Sequence[tuple[Memory, Box]]) -> None:
         """The sum over these, made once for as long as the same members have the same shards."""
@@ -376,9 +370,7 @@ class ParameterServer(Exchange):
             if len(self._prepared) >= _PREPARED:
                 self._prepared.clear()
             vectors = {node: box.vectors[i] for _, box in boxes for i, node in enumerate(box.nodes)}
-            _, plan = merged(list(vectors), self._goal)
-            pairs: list[Pair] = []
-            pairs, total = in_place(vectors, plan, self._goal)
+            pairs, total = in_place(vectors, additions(vectors, self._goal), self._goal)
             segment = self.update.segment(self.store, lo, hi, total, pairs)
             found = self._prepared[key] = segment, total
         self._own, self._total = found
@@ -420,7 +412,7 @@ class ParameterServer(Exchange):
                     lease for some in ranges if some.answer is None for lease in some.leases if self._pending(lease)
                 ]
                 living = [lease for lease in open_ if lease.member in hub.members]
-                heard = {member.number: member.heard for member in hub.members.values()}
+                heard = hub.heard()
                 for number in leases.overdue(living, heard, now, self.lease_seconds):
                     hub.lose(number, f"said nothing for {self.lease_seconds:g} s")
                 if hub.losses:
@@ -499,7 +491,7 @@ class ParameterServer(Exchange):
     def _others(self, some: Range) -> list[int]:
         """Who takes part and has not answered yet for a range."""
         answered = {lease.member for lease in some.leases if not self._pending(lease)}
-        return sorted(n for n, member in self.hub.members.items() if member.working and n not in answered)
+        return [number for number in self.hub.working() if number not in answered]
 
     def _pending(self, lease: Lease) -> bool:
         """Whether there is no whole answer yet."""
@@ -516,8 +508,9 @@ class ParameterServer(Exchange):
         differing = []
         for some in ranges:
             first = some.answer
-            for lease in some.leases if first is not None and first.number in self._boxes else ():
-                assert first is not None
+            if first is None or first.number not in self._boxes:
+                continue
+            for lease in some.leases:
                 if lease is first or lease.number in self._outvoted or lease.number not in self.hub.open:
                     continue
                 while len(self._late) >= LATE:
@@ -548,17 +541,17 @@ class ParameterServer(Exchange):
         """Who takes part, as soon as there is somebody; called with the lock held."""
         hub = self.hub
         until = time.monotonic() + self.deadline
-        while not any(member.working for member in hub.members.values()):
+        while not (working := hub.working()):
             self._look_up()
             if time.monotonic() > until:
                 raise self._deserted(hub.step)
             hub.changed.wait(LOOK)
-        return sorted(number for number, member in hub.members.items() if member.working)
+        return working
 
     def _give_anew(self, ranges: list[Range], ask: Callable[[Grant], None]) -> None:
         """Give what the gone had to do to those that are there, if there are any."""
         hub = self.hub
-        working = sorted(number for number, member in hub.members.items() if member.working)
+        working = hub.working()
         if not working:
             return
         for some in leases.orphaned(ranges, hub.members):

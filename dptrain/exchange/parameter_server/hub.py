@@ -18,14 +18,13 @@ import numpy.typing as npt
 
 from dptrain import errors
 from dptrain.errors import ArithmeticMismatch, BusyError, DataError, DptrainError, LaunchError, WorkerLost
-from dptrain.exchange.parameter_server.codec import Piece
+from dptrain.exchange.parameter_server.codec import Piece, Version
 from dptrain.exchange.parameter_server.intake import Intake
 from dptrain.exchange.parameter_server.leases import Lease
-from dptrain.exchange.parameter_server.outlet import Listening, Outlet, Version
+from dptrain.exchange.parameter_server.outlet import Listening, Outlet
+from dptrain.nn.accumulate import TALLIES
 from dptrain.tree import subtrees
 from dptrain.v1 import parameter_server_pb2 as pb
-
-TALLIES = 3
 
 _AHEAD = 1 << 16
 """How far a lease may be ahead of those that a server knows, so that it is waited for."""
@@ -190,6 +189,14 @@ class Hub:
             for lease in leases:
                 self.open.pop(lease, None)
 
+    def working(self) -> list[int]:
+        """The members that have begun to work; to be called with ``changed`` held."""
+        return sorted(number for number, member in self.members.items() if member.working)
+
+    def heard(self) -> dict[int, float]:
+        """When each member last gave a sign of life; to be called with ``changed`` held."""
+        return {number: member.heard for number, member in self.members.items()}
+
     def send(self, member: int, **task: Any) -> None:
         """Give a member a task; to be called with ``changed`` held."""
         there = self.members[member]
@@ -224,7 +231,7 @@ class Hub:
     def heed(self, server: int, notice: pb.Notice) -> None:
         """What another server tells beside."""
         with self.changed:
-            if self.part is None or notice.era > self.part.era:
+            if self.part is None:
                 self._early.append((server, notice))
             else:
                 self._understand(server, notice)

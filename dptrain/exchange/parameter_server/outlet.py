@@ -3,12 +3,9 @@
 import threading
 from collections.abc import Iterator
 
-from dptrain.exchange.parameter_server.codec import cuts, encode
+from dptrain.exchange.parameter_server.codec import Version, cuts, encode
 from dptrain.layout import Array
 from dptrain.v1 import parameter_server_pb2 as pb
-
-Version = tuple[int, bool]
-"""The number of steps that led to weights, and whether they are the best ones."""
 
 
 class Messages:

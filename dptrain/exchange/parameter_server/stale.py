@@ -101,7 +101,7 @@ class StaleParameterServer(ParameterServer):
                 flight = flights.ripe(step)
                 if flight is not None:
                     break
-                working = self._working()
+                working = hub.working()
                 for member in self._free(working):
                     piece = flights.wanted(len(working))
                     if piece is not None:
@@ -156,7 +156,7 @@ class StaleParameterServer(ParameterServer):
                 self._read(ranges, lambda some, found: found.size == (some.hi - some.lo) * width)
                 if given == total and all(some.answer is not None for some in ranges):
                     break
-                working, orphans = self._working(), leases.orphaned(ranges, hub.members)
+                working, orphans = hub.working(), leases.orphaned(ranges, hub.members)
                 for member in self._free(working):
                     if not orphans and given == total:
                         break
@@ -178,9 +178,6 @@ class StaleParameterServer(ParameterServer):
         self.phases.begin(Phase.EVALUATION)
         parts = [self._rows[some.answer.number].reshape(-1, width) for some in ranges if some.answer is not None]
         return np.concatenate(parts) if parts else rows
-
-    def _working(self) -> list[int]:
-        return sorted(number for number, member in self.hub.members.items() if member.working)
 
     def _free(self, working: Sequence[int]) -> list[int]:
         """Those with nothing to do. A member has one task at a time, so that it gets one version at a time."""
@@ -205,8 +202,8 @@ class StaleParameterServer(ParameterServer):
             if answered is None or (answered.whole and answered.rows is not None):
                 del self._busy[member]
         now = time.monotonic()
-        heard = {member.number: member.heard for member in hub.members.values()}
-        living = [lease for member, lease in self._busy.items() if member in hub.members]
+        heard = hub.heard()
+        living = [lease for member, lease in self._busy.items() if member in heard]
         for number in leases.overdue(living, heard, now, self.lease_seconds):
             hub.lose(number, f"said nothing for {self.lease_seconds:g} s")
         if hub.losses:
@@ -237,7 +234,7 @@ class StaleParameterServer(ParameterServer):
     def _wait(self) -> None:
         """Until something comes, or somebody is overdue."""
         hub = self.hub
-        heard = {member.number: member.heard for member in hub.members.values()}
+        heard = hub.heard()
         living = [lease for member, lease in self._busy.items() if member in heard]
         wait = leases.until_overdue(living, heard, time.monotonic(), self.lease_seconds)
         hub.changed.wait(min(LOOK, max(0.0, wait)))
