@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from dptrain import supervision
+from dptrain.rsh import NODES, UNREACHED, access
 from dptrain.wire.address import LONGEST_PATH
 
 _QUICK = 1.0
@@ -31,9 +32,6 @@ _GRACE = 10.0
 
 _ENDS = (0, 1, 2)
 """The codes of such an end; a server that is left behind by the others leaves with another."""
-
-_GONE = 255
-"""The code of ``dptrain-rsh`` where its node is lost."""
 
 _DPTRAIN = (sys.executable, "-P", "-m", "dptrain")
 
@@ -89,7 +87,7 @@ class Crew:
                     timer.start()
                 continue
             began = self._began.pop(pid, None)
-            if began is not None and self._servers and (ended < 0 or ended == _GONE):
+            if began is not None and self._servers and (ended < 0 or ended == UNREACHED):
                 self._start_worker(began[1], pause=time.monotonic() - began[0] < _QUICK)
             elif self._servers and not self._began and ended > 0:
                 # Nobody is left to train with, and each has said why.
@@ -155,7 +153,6 @@ def here(workers: int, processes: int, servers: int, standbys: int, arguments: S
 
 def over_nodes(nodes: str, data: str, arguments: Sequence[str]) -> Crew:
     """A server here that only workers of this crew's may join, and a worker on each node, which is sent the data."""
-    from dptrain.rsh import NODES, access
     from dptrain.wire.tokens import Role, TokenFile
 
     folder = Path(os.environ[supervision.FOLDER])

@@ -5,14 +5,16 @@ hands it on to the node's agent. Known are Open MPI's daemon, MPICH's proxy, a w
 question whether a folder is seen. Imports are few: a launcher waits for it.
 """
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import socket
+import struct
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 NODES = "DPTRAIN_NODES"
 """Of the environment: names the folder of the server whose nodes are meant."""
@@ -22,6 +24,15 @@ ACCESS = "nodes.json"
 
 PROGRAMS = ("prted", "hydra_pmi_proxy")
 """What may be started on a node."""
+
+SOCKET = "nodes.sock"
+"""Of that folder: where the server listens for this program."""
+
+UNREACHED = 255
+"""The code where a node was not reached, as ssh has it."""
+
+HEAD = struct.Struct("!cI")
+"""Before what comes back: its kind and its length."""
 
 PATIENCE = 8.0
 """Seconds for which the server may be away, which is started again."""
@@ -63,8 +74,18 @@ def access(folder: str) -> dict[str, str]:
     return found
 
 
+@contextlib.contextmanager
+def place(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """A path of the socket in a folder that is short enough for the kernel, however long the folder's own is."""
+    held = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{held}/{SOCKET}"
+    finally:
+        os.close(held)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it and return the code: the command's, or 255 where the node was not reached."""
+    """Run it and return the code: the command's, or UNREACHED."""
     words = list(sys.argv[1:] if argv is None else argv)
     # Hydra asks ssh for no X11.
     words = words[1:] if words[:1] == ["-x"] else words
@@ -91,11 +112,8 @@ def _reach(server: socket.socket, folder: str) -> bool:
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            held = os.open(folder, os.O_PATH | os.O_DIRECTORY)
-            try:
-                server.connect(f"/proc/self/fd/{held}/nodes.sock")
-            finally:
-                os.close(held)
+            with place(folder) as path:
+                server.connect(path)
         except OSError:
             if time.monotonic() > until:
                 return False
@@ -107,20 +125,21 @@ def _reach(server: socket.socket, folder: str) -> bool:
 def _follow(server: socket.socket, host: str) -> int:
     """Print what comes, until the end."""
     with server.makefile("rb") as frames:
-        while head := frames.read(5):
-            content = frames.read(int.from_bytes(head[1:], "big"))
-            if head[:1] == b"x":
+        while head := frames.read(HEAD.size):
+            kind, length = HEAD.unpack(head)
+            content = frames.read(length)
+            if kind == b"x":
                 said = json.loads(content)
                 if said["why"]:
                     print(f"dptrain-rsh: {said['why']}", file=sys.stderr, flush=True)
                 return int(said["code"])
-            os.write(2 if head[:1] == b"e" else 1, content)
+            os.write(2 if kind == b"e" else 1, content)
     return _fail(f"node {host}: the server is gone")
 
 
 def _fail(why: str) -> int:
     print(f"dptrain-rsh: {why}", file=sys.stderr, flush=True)
-    return 255
+    return UNREACHED
 
 
 if __name__ == "__main__":

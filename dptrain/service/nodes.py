@@ -23,6 +23,7 @@ from dptrain.errors import (
     UnreachableError,
     UsageError,
 )
+from dptrain.rsh import UNREACHED
 from dptrain.service.model import MOST_WORKERS
 from dptrain.v1 import agent_service_pb2 as pb
 
@@ -39,9 +40,6 @@ MOST_NODES = 512
 
 _MOST_OUTPUT = 256
 """Pieces of output of a start that wait for whoever asked for it; more are dropped: a node must not wait for that."""
-
-_UNREACHED = 255
-"""The code of what was to run on a node that is lost, as ssh has it."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 
@@ -297,7 +295,7 @@ def _end(node: Node) -> None:
     """End a node's stream, and what was asked for over it."""
     node.told.put(None)
     for start in node.starts.values():
-        start.events.put(pb.Exited(id=start.id, code=_UNREACHED, refused=f"it is lost: {node.lost}"))
+        start.events.put(pb.Exited(id=start.id, code=UNREACHED, refused=f"it is lost: {node.lost}"))
     node.starts.clear()
 
 

@@ -11,41 +11,24 @@ import json
 import os
 import select
 import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dptrain.errors import DptrainError, UnreachableError
+from dptrain.rsh import HEAD, SOCKET, UNREACHED, place
 from dptrain.service.nodes import Nodes, Start
 from dptrain.service.shipping import Offers
 from dptrain.v1 import agent_service_pb2 as pb
 from dptrain.wire.backoff import MOST_SECONDS
 
-SOCKET = "nodes.sock"
-"""Of the server's folder."""
-
-UNREACHED = 255
-"""The code of ``dptrain-rsh`` where the node was not reached, as ssh has it."""
-
-HEAD = struct.Struct("!cI")
 _AGAIN = 0.1
 _WORKERS_SECONDS = 60.0
 """For which the node of a parameter server's worker is waited for, before it is asked for anew."""
 
 _MOST_REQUEST = 1 << 20
-
-
-@contextlib.contextmanager
-def place(folder: Path) -> Iterator[str]:
-    """A path of the socket in a folder that is short enough for the kernel, however long the folder's own is."""
-    held = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{held}/{SOCKET}"
-    finally:
-        os.close(held)
 
 
 class Relay:
