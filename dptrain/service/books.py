@@ -145,15 +145,13 @@ class Journals:
         with self._lock:
             found = self._known.pop(path, None) or Progress()
             with contextlib.suppress(OSError):
-                if path.stat().st_size < found.offset:
+                end = path.stat().st_size
+                if end < found.offset:
                     found = Progress()
-                while True:
-                    chunk = read(path, found.offset)
-                    for _, line in chunk.lines:
+                for lines, after in grown(path, found.offset, end, read):
+                    for _, line in lines:
                         found.take(line)
-                    if chunk.offset == found.offset:
-                        break
-                    found.offset = chunk.offset
+                    found.offset = after
             self._known[path] = found
             while len(self._known) > _MOST_KEPT:
                 self._known.popitem(last=False)
@@ -268,6 +266,18 @@ class Watched:
                         entry[0] = size
                 if grown:
                     self._ring(key)
+
+
+def grown(path: Path, offset: int, end: int, read: Callable[[Path, int], tuple[T, int]]) -> Iterator[tuple[T, int]]:
+    """What a file has from a place on, up to ``end``: pieces as ``read`` makes them, each with where the next begins.
+
+    Of a line that is not whole nothing comes.
+    """
+    before = -1
+    while before < offset < end:
+        before = offset
+        piece, offset = read(path, offset)
+        yield piece, offset
 
 
 class Shared(Generic[T]):

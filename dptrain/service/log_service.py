@@ -37,16 +37,15 @@ class LogService(log_service_pb2_grpc.LogServiceServicer):
         offset = cursor_of(request.cursor)
         if request.tail:
             offset = max(offset, books.tail_of(path, request.tail, accept))
-        some, read = request.HasField("rank") or request.HasField("since"), partial(_read, accept=accept)
+        some, made = request.HasField("rank") or request.HasField("since"), partial(_read, accept=accept)
+        read = made if some else partial(self._shared.read, make=made)
         with self.desk.watched.file(path) as key:
             # A turn has first how the job stands, then its lines: what it printed before it ended is there by then.
             for now in self.desk.turns(job, context, key):
                 # What is printed meanwhile waits for the next turn, so that each of hundreds is told of it at once.
-                end, before = books.size(path), -1
-                while before < offset < end:
-                    before = offset
-                    messages, offset = read(path, offset) if some else self._shared.read(path, offset, read)
+                for messages, after in books.grown(path, offset, books.size(path), read):
                     yield from messages
+                    offset = after
                 if not request.follow or now.state in ENDED or now.state is State.PAUSED:
                     yield log_service_pb2.TailLogsResponse(end=self._end(now))
                     return

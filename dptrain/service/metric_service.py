@@ -62,16 +62,15 @@ class MetricService(metric_service_pb2_grpc.MetricServiceServicer):
         """Points as they come."""
         job = self.desk.find(request.job_id, context)
         names = tuple(_names(request.names))
-        path, read = self.desk.journal(job.id), partial(_read, chosen=books.wanted(names))
+        path = self.desk.journal(job.id)
+        read = partial(self._shared.read, make=partial(_read, chosen=books.wanted(names)), key=names)
         offset = cursor_of(request.cursor)
         with self.desk.watched.file(path) as key:
             for now in self.desk.turns(job, context, key):
                 # As for logs: what comes meanwhile waits for the next turn.
-                end, before = books.size(path), -1
-                while before < offset < end:
-                    before = offset
-                    messages, offset = self._shared.read(path, offset, read, names)
+                for messages, after in books.grown(path, offset, books.size(path), read):
                     yield from messages
+                    offset = after
                 if now.state in ENDED:
                     yield metric_service_pb2.StreamMetricsResponse(cursor=str(offset), last=True)
                     return

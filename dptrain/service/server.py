@@ -193,10 +193,8 @@ class JobServer:
     def _services(self, intake: Intake, datasets: Datasets) -> list[Service]:
         desk, options = self.desk, self.options
         jobs, logs, metrics = JobService(desk, intake), LogService(desk), MetricService(desk)
-        artifacts, cluster = (
-            ArtifactService(desk, datasets),
-            ClusterService(desk, self.nodes, options.allow_code, options.limits),
-        )
+        artifacts = ArtifactService(desk, datasets)
+        cluster = ClusterService(desk, self.nodes, options.allow_code, options.limits)
         agents = AgentService(self.nodes, self.offers)
 
         def add_jobs(server: grpc.Server) -> None:

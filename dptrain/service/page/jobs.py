@@ -172,13 +172,10 @@ class Jobs:
         """Take in what the journal has more."""
         if size < seen.offset:
             seen.losses, seen.offset = Thinned(POINTS), 0
-        while seen.offset < size:
-            lines, after = books.read(journal, seen.offset)
+        for lines, after in books.grown(journal, seen.offset, size, books.read):
             for _, line in lines:
                 if "event" not in line and line.get("loss") is not None:
                     seen.losses.add(float(line["loss"]))
-            if after == seen.offset:
-                return
             seen.offset = after
 
 

@@ -61,7 +61,7 @@ class Runs:
     def log(self, who: Who, job_id: str, cursor: str, most: int) -> Lines:
         """See Reading. A run alone keeps no log; its journal says the same."""
         path = self._path(job_id) / rundir.JOURNAL
-        size = path.stat().st_size if path.exists() else 0
+        size = books.size(path)
         known = cursor.isascii() and cursor.isdigit() and len(cursor) < 16
         offset = int(cursor) if known and int(cursor) <= size else books.tail_of(path, most, lambda line: True)
         lines, after = books.read(path, offset)
@@ -148,12 +148,9 @@ class _Story:
 
     def read(self, path: Path, size: int) -> None:
         """Take in the whole lines up to ``size`` that were not read yet."""
-        while self.offset < size:
-            lines, after = books.read(path, self.offset)
+        for lines, after in books.grown(path, self.offset, size, books.read):
             for _, line in lines:
                 self._take(line)
-            if after == self.offset:
-                return
             self.offset = after
 
     def _take(self, line: Mapping[str, Any]) -> None:
