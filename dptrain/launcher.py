@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from dptrain import scratch, supervision
 from dptrain.launch import announced
-from dptrain.processes import process
+from dptrain.processes import children, process
 
 REAPED = 10.0
 """Seconds after which an orphan that was killed must be gone."""
@@ -102,7 +102,7 @@ class Launcher:
             left.enter_context(self._requests.listening())
             self._folder, self._memory = left.enter_context(scratch.folders(self._shared))
             left.enter_context(_adopting_orphans())
-            self._spared = frozenset(_children(os.getpid()))
+            self._spared = frozenset(children(os.getpid()))
             left.callback(self._bury)
             self._left = left.pop_all()
         return self
@@ -183,7 +183,7 @@ class Launcher:
     def _bury(self) -> None:
         """End what became this process's child, and what becomes one by that."""
         until = time.monotonic() + REAPED
-        while orphans := [pid for pid in _children(os.getpid()) if pid not in self._spared]:
+        while orphans := [pid for pid in children(os.getpid()) if pid not in self._spared]:
             for pid in orphans:
                 with contextlib.suppress(PermissionError):
                     os.kill(pid, signal.SIGKILL)
@@ -268,7 +268,7 @@ class _Workers:
     def _look_for_unseen(self) -> None:
         """Where one of the workers ended before it could be seen, there is less to wait for."""
         if self._parent and self._until is not None:
-            young = [pid for pid in _children(self._parent) if pid not in self._pids and _runs(pid)]
+            young = [pid for pid in children(self._parent) if pid not in self._pids and _runs(pid)]
             if self._begun + len(young) < self._workers:
                 self._until = min(self._until, time.monotonic() + GRACE)
 
@@ -360,14 +360,6 @@ def _adopting_orphans() -> Iterator[None]:
         yield
     finally:
         prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-
-
-def _children(parent: int) -> Iterator[int]:
-    """The processes that have this parent; those that have ended too, until somebody asks for their code."""
-    for entry in os.scandir("/proc"):
-        found = process(int(entry.name)) if entry.name.isdigit() else None
-        if found is not None and found.parent == parent:
-            yield int(entry.name)
 
 
 def _runs(pid: int) -> bool:

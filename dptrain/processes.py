@@ -30,6 +30,14 @@ def process(pid: int) -> Process | None:
     return Process(name.decode(errors="replace"), rest[0].decode(), int(rest[1]), int(rest[19]))
 
 
+def children(parent: int) -> Iterator[int]:
+    """The processes that have this parent; those that have ended too, until somebody asks for their code."""
+    for entry in os.scandir("/proc"):
+        found = process(int(entry.name)) if entry.name.isdigit() else None
+        if found is not None and found.parent == parent:
+            yield int(entry.name)
+
+
 def session(leader: int) -> Iterator[int]:
     """The processes of a session that have not ended."""
     for entry in os.scandir("/proc"):

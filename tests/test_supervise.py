@@ -24,6 +24,7 @@ from dptrain import checkpoint, launch, launcher, rundir, supervise, supervision
 from dptrain.cli.terminal import LAUNCHERS
 from dptrain.errors import WorkerLost
 from dptrain.launcher import Launcher, Outcome, Start
+from dptrain.processes import children
 from tests.cli.conftest import PROGRAM, environment
 
 MARK = "TEST_OF_SUPERVISION"
@@ -567,14 +568,14 @@ def test_an_error_that_was_told_keeps_its_code(short: list[str]) -> None:
 
 
 def test_orphans_are_ended_and_other_children_are_not(short: list[str]) -> None:
-    before = set(launcher._children(os.getpid()))
+    before = set(children(os.getpid()))
     with subprocess.Popen(["sleep", "1000"]) as other:
         try:
             with Launcher(short.append) as starter:
                 script = "setsid sh -c 'sleep 1000 & sleep 1000 & echo; wait' | read line"
                 outcome = starter.launch(shell(f"bash -c {shlex.quote(script)} & exec sleep 0.2"))
                 assert outcome.code == 0
-                assert set(launcher._children(os.getpid())) == {*before, other.pid}
+                assert set(children(os.getpid())) == {*before, other.pid}
             assert other.poll() is None
         finally:
             other.kill()

@@ -4,9 +4,11 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from dptrain import board
+from dptrain import board, rundir
 from dptrain.board import PHASE, PID, STEP, Cell
+from dptrain.journal import read_all
 from dptrain.phases import NAMES, Phase
 from dptrain.processes import process
 from tests.faults.oracle import PROGRAM, Command, Surroundings
@@ -110,6 +112,11 @@ def pace(job: Job, steps: int) -> None:
     """Let it train so many steps more, or to its end."""
     goal = job.step + steps
     until(lambda: job.step >= goal or not job.living, 60, nap=0.001)
+
+
+def step_of(run_dir: Path) -> int:
+    """The last step that a run's journal tells of; 0 before there is one."""
+    return max((line.get("step", 0) for line in read_all(run_dir / rundir.JOURNAL)), default=0)
 
 
 def usual_step(job: Job) -> float:

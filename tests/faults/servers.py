@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from dptrain.journal import read_all
 from tests.faults import jobs
 from tests.faults.fault import Fault, Outcome
-from tests.faults.live import until
+from tests.faults.live import step_of, until
 from tests.faults.oracle import PROGRAM, Command, Surroundings, judge, undisturbed
 
 KIND = "servers"
@@ -74,17 +73,8 @@ class Run:
 
     def reaches(self, step: int) -> bool:
         """Whether it comes to a step before it ends."""
-        until(lambda: self.step >= step or not self.command.running, 120, nap=0.02)
+        until(lambda: step_of(self.place.folder / "run") >= step or not self.command.running, 120, nap=0.02)
         return self.command.running
-
-    @property
-    def step(self) -> int:
-        """The last step in the journal."""
-        with contextlib.suppress(OSError):
-            return max(
-                (line.get("step", 0) for line in read_all(self.place.folder / "run" / "journal.jsonl")), default=0
-            )
-        return 0
 
     def strike(self, what: str) -> str:
         """Do that, and say what was done; "" where there was nobody to do it to."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dptrain.processes import children
 from dptrain.service.client import Client
 from dptrain.service.server import TOKENS, JobServer, Options
 from dptrain.wire.address import parse
@@ -20,11 +21,6 @@ def childless() -> Iterator[None]:
     before = set(children(os.getpid()))
     yield
     assert set(children(os.getpid())) <= before
-
-
-def children(parent: int) -> list[int]:
-    """The processes that a process is to wait for."""
-    return [int(pid) for path in Path(f"/proc/{parent}/task").glob("*/children") for pid in path.read_text().split()]
 
 
 @pytest.fixture

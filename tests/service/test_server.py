@@ -26,6 +26,7 @@ from dptrain.errors import (
     RefusedTransition,
     UsageError,
 )
+from dptrain.processes import children
 from dptrain.service import keeper, runner, scheduler
 from dptrain.service.client import Client
 from dptrain.service.model import State
@@ -34,7 +35,6 @@ from dptrain.v1 import job_pb2, job_service_pb2, job_service_pb2_grpc, log_servi
 from dptrain.wire.channel import connect
 from dptrain.wire.security import Calling
 from dptrain.wire.tokens import Role, TokenFile
-from tests.service.conftest import children
 from tests.service.jobs import JOB, LONG, solo, solo_hash
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dptrain.journal import read_all
 from tests.faults import jobs
-from tests.faults.live import until
+from tests.faults.live import step_of, until
 from tests.faults.oracle import PROGRAM, Command, Surroundings, undisturbed
 
 JOB = jobs.JOBS[2].of(500)
@@ -38,8 +37,5 @@ def test_a_run_goes_on_by_another_way_to_the_same_bits(ways: list[list[str]], tm
 
 
 def _reaches(folder: Path, step: int, command: Command) -> bool:
-    def there() -> bool:
-        lines = read_all(folder / "run" / "journal.jsonl")
-        return max((line.get("step", 0) for line in lines), default=0) >= step
-
-    return until(lambda: there() or not command.running, 120, nap=0.01) and command.running
+    run = folder / "run"
+    return until(lambda: step_of(run) >= step or not command.running, 120, nap=0.01) and command.running
