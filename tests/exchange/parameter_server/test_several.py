@@ -222,18 +222,18 @@ def test_a_process_killed_in_an_evaluation_costs_no_rows() -> None:
 def test_processes_killed_at_any_time_cost_no_bits(seed: int) -> None:
     host = host_of("cnn", 8)
     rng = random.Random(seed)
-    over = threading.Event()
+    over, turn = threading.Event(), threading.Lock()
     steps = [0]
     kills: dict[int, int] = {}
     with host.several(4) as together:
 
         def kill() -> None:
             while not over.wait(rng.uniform(0.0, 0.05)):
-                # One at a step: the second might have the same shards, and they would be to blame.
-                pid, step = rng.choice(together._placed.signs[1:])[PID], steps[0]
-                # It may have gone by itself since, with the one before.
-                with contextlib.suppress(ProcessLookupError):
-                    if step not in kills and pid in living(together):
+                # One at a step and the next, where it may be noticed: the second might have the same shards, and they
+                # would be to blame. It may have gone by itself since, with the one before.
+                with turn, contextlib.suppress(ProcessLookupError):
+                    pid, step = rng.choice(together._placed.signs[1:])[PID], steps[0]
+                    if kills.keys().isdisjoint((step - 1, step)) and pid in living(together):
                         os.kill(pid, signal.SIGKILL)
                         kills[step] = pid
 
@@ -241,7 +241,8 @@ def test_processes_killed_at_any_time_cost_no_bits(seed: int) -> None:
         thread.start()
         try:
             for step in range(100):
-                steps[0] = step
+                with turn:
+                    steps[0] = step
                 lo, hi = sorted(rng.sample(range(9), 2))
                 host.same(together, step, lo, hi)
         finally:
