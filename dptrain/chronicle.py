@@ -77,6 +77,8 @@ class Chronicle:
         self._norm: float | None = None
         self._phases: npt.NDArray[np.float64] = np.zeros((membership.size, len(Phase)))
         self._phases_told = self._phases
+        self.complete: Callable[[State], bool] = lambda state: True
+        """Asked before a checkpoint: whether all of the state is here."""
         self._clear()
 
     def lead(self, journal: Journal, writer: Writer, observer: Observer, scalars: Scalars | None = None) -> None:
@@ -290,7 +292,7 @@ class Chronicle:
         now = time.perf_counter()
         seconds, steps = self.output.checkpoint_seconds, self.output.checkpoint_steps
         by_time = seconds and now - self._last_checkpoint >= seconds and not writer.busy
-        if by_time or (steps and state.step % steps == 0):
+        if (by_time or (steps and state.step % steps == 0)) and self.complete(state):
             self._last_checkpoint = now
             self._start_checkpoint(writer, state)
 

@@ -94,12 +94,14 @@ class Companion:
             sys.exit(1)
 
     def _do(self, means: "Means", what: str, step: int, arguments: Sequence[Any]) -> None:
+        from dptrain.exchange.parameter_server.residuals import beside
         from dptrain.exchange.parameter_server.several import COMPUTE, EVALUATE, add
 
         placed = self._placed
         if what == COMPUTE:
-            lo, hi, box = arguments
-            done = means.partials(placed.weights, placed.boxes[box], step, lo, hi)
+            lo, hi, updates, box = arguments
+            kept = beside(placed.residuals, updates) if means.accumulator.gradients.feeds_back else None
+            done = means.partials(placed.weights, placed.boxes[box], step, lo, hi, kept)
             placed.tallies[box][: len(done.nodes)] = done.tallies
         elif what == EVALUATE:
             lo, hi, part, _ = arguments

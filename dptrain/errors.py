@@ -82,6 +82,13 @@ class WorkerLost(DptrainError):
     exit_code = 3
 
 
+class ResidualsLost(WorkerLost):
+    """Residuals that belong to the state are gone with a worker: the run goes back to where all were together."""
+
+    exit_code = 75
+    """What tells the other servers of it; no process ends with that."""
+
+
 class CorruptionError(WorkerLost):
     """A worker holds or computes other bits than the others, where nothing is survived within a step."""
 

@@ -141,6 +141,9 @@ def _work(servers: Sequence[tuple["Address", Any]], job: Job, processes: int, se
             # The last that is left is waited for; of several that are, one is the chief.
             waits = len(servers) == 1
             client = None
+            if here.keeping is not None:
+                del request.residuals[:]
+                request.residuals.extend(here.keeping.claims())
             try:
                 with told(address):
                     if not waits:
@@ -154,7 +157,9 @@ def _work(servers: Sequence[tuple["Address", Any]], job: Job, processes: int, se
                 cuts = segments(parts.update.layout.size, joined.segments)
                 client = Client(stubs, cuts, joined.membership, here, job.exchange.lease_seconds, named, written)
                 leaves = pb.LeaveRequest(membership=joined.membership)
-                with _leaving(partial(stub.leave, leaves, timeout=_LEAVE_SECONDS)):
+                # Residuals are handed over first.
+                leaving = _LEAVE_SECONDS if here.keeping is None else _LEAVE_SECONDS + job.exchange.lease_seconds
+                with _leaving(partial(stub.leave, leaves, timeout=leaving)):
                     code = client.run()
             except Broken:
                 if client is not None and client.begun:

@@ -76,13 +76,27 @@ class Meeting:
                 found=f'arithmetic.gradients = "{gradients.name}"',
                 cure='use "node" or "segments", or leave arithmetic.gradients out',
             )
-        if gradients.feeds_back and (self.kind == "ps" or len(self._groups().groups) > 1):
+        if gradients.feeds_back and self.kind != "ps" and len(self._groups().groups) > 1:
             # With a machine, or a worker that shares no memory, the residuals of its shards would be gone.
             raise LaunchError(
                 f'arithmetic.gradients = "{gradients.name}"',
                 expected='workers that share the memory of one machine, and exchange.type = "node"',
                 found=f'exchange.type = "{self.kind}", whose workers have memories of their own',
-                cure='set arithmetic.gradients = "bfloat16", or start all workers on one machine',
+                cure='use --exchange ps, set arithmetic.gradients = "bfloat16", or start all workers on one machine',
+            )
+        if gradients.feeds_back and self.kind == "ps" and not self.wanted.in_step:
+            raise LaunchError(
+                f'arithmetic.gradients = "{gradients.name}"',
+                expected='exchange.mode = "sync": each residual belongs to the step after the one that left it',
+                found=f'exchange.mode = "{self.wanted.mode}"',
+                cure='leave exchange.mode at "sync", or set arithmetic.gradients = "bfloat16"',
+            )
+        if gradients.feeds_back and self.kind == "ps" and self.wanted.backup_workers:
+            raise LaunchError(
+                f"exchange.backup_workers = {self.wanted.backup_workers}",
+                expected="shards that any worker can compute",
+                found=f'arithmetic.gradients = "{gradients.name}", whose residuals lie with one',
+                cure="leave exchange.backup_workers at 0",
             )
         if not self.wanted.in_step and self.kind != "ps":
             raise LaunchError(

@@ -60,6 +60,13 @@ def pack(vector: Array, encoding: str) -> Packed:
     return Packed(RAW, [vector.view(np.uint8)])
 
 
+def fits(nbytes: int, encoding: str, elements: int, itemsize: int) -> bool:
+    """Whether so many bytes may be a message of so many elements."""
+    if encoding == SPARSE:
+        return nbytes % (4 + itemsize) == 0 and nbytes < elements * itemsize
+    return nbytes == elements * (itemsize if encoding == RAW else 2)
+
+
 def unpack(content: Array, encoding: str, into: Array) -> None:
     """Write the elements that ``content``, the bytes of a message, holds over all of ``into``.
 

@@ -40,6 +40,8 @@ class Recovery:
         self.communicator = meeting.communicator
         self.hosts, self.lead, self.auditor = hosts, lead, auditor
         self.log: list[dict[str, Any]] = []
+        self.behind = False
+        """Whether all have to go back, as what belongs to their state is gone."""
         self._suspects: dict[int, list[int]] = {}
         self._suspected_at = -1
 
@@ -66,7 +68,8 @@ class Recovery:
         leads = communicator.rank == 0 and self.chronicle.journal is None
         if leads:
             worker.try_to_watch(self.lead)
-        if self.auditor.finding is None:
+        self.behind = any(word["behind"] for word in words)
+        if self.auditor.finding is None and not self.behind:
             self._catch_up(newest)
         self.chronicle.renew(self.meeting.membership, [before.index(member) for member in communicator.members])
         entry = {
@@ -94,6 +97,7 @@ class Recovery:
             "verdict": None if verdict is None else verdict._asdict() | {"phases": verdict.phases.tolist()},
             "seen": self.meeting.seen(),
             "audit": self.auditor.word(),
+            "behind": self.behind,
         }
 
     def _refuse(self, words: Sequence[Mapping[str, Any]]) -> None:

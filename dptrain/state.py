@@ -52,15 +52,22 @@ class State(NamedTuple):
 class Store:
     """The memory of two states; all of it is touched when it is made, so that nothing dies for want of it later."""
 
-    def __init__(self, layout: Layout, slots: int, dtype: npt.DTypeLike, residuals: int = 0) -> None:
-        """``residuals``: the number of shards that keep one, 0 where none do."""
+    def __init__(
+        self, layout: Layout, slots: int, dtype: npt.DTypeLike, residuals: int = 0, *, elsewhere: bool = False
+    ) -> None:
+        """``residuals``: the number of shards that keep one, 0 where none do.
+
+        Where they are kept ``elsewhere``, and only brought here now and then, both sides have the same memory for them.
+        """
         weights: Array = np.empty((2, layout.size), dtype)
         moments: Array = np.empty((2, slots, layout.parameters), dtype)
-        kept: Array = np.empty((2, residuals, layout.parameters), dtype)
+        kept: Array = np.empty((1 if elsewhere else 2, residuals, layout.parameters), dtype)
         # np.zeros would leave the pages to be found at the first write.
         for memory in (weights, moments, kept):
             memory.fill(0)
         self._sides, self._residuals = _sides(weights, moments), _rows(kept)
+        if elsewhere:
+            self._residuals *= 2
 
     @classmethod
     def of(cls, weights: Array, slots: Array, residuals: Array | None = None) -> "Store":

@@ -10,7 +10,7 @@ from typing import Any
 from dptrain import arithmetic, supervision
 from dptrain.chronicle import Chronicle
 from dptrain.corruption import Auditor, set_aside
-from dptrain.errors import CorruptionError, WorkerLost
+from dptrain.errors import CorruptionError, ResidualsLost, WorkerLost
 from dptrain.exchange.communicator import Alone, Communicator
 from dptrain.job.spec import Job
 from dptrain.layout import digest
@@ -116,8 +116,13 @@ class _Run:
             try:
                 if self.trace is not None:
                     self.trace.start()
+                if self.recovery.behind:
+                    self._redo()
                 state = self.worker.run()
                 result, content = self._end(state)
+            except ResidualsLost:
+                self.recovery.behind = True
+                continue
             except WorkerLost as lost:
                 if not self.communicator.survives or isinstance(lost, CorruptionError):
                     raise
@@ -138,6 +143,13 @@ class _Run:
         else:
             together(self.communicator, "the result", finish)
         return result
+
+    def _redo(self) -> None:
+        """Do the steps again from the newest state of which all is there; all workers call it alike."""
+        reached = self.worker.state.step
+        state = self.worker.state = self._go_back(reached)
+        self.recovery.behind = False
+        self.chronicle.warn(f"residuals are gone with a worker: steps {state.step} to {reached} are done again")
 
     def _go_back(self, trusted: int) -> State:
         """Go back to a step or before, on all workers."""
@@ -187,6 +199,7 @@ class _Run:
                 "dtype": self.job.train.dtype,
             },
         )
+        chronicle.complete = lambda state: parts.exchange.complete(state)
         if self.origin.manifest is not None:
             chronicle.restore(self.origin.manifest, self.origin.best)
         return chronicle
@@ -256,6 +269,7 @@ class _Run:
         """
         chronicle, worker = self.chronicle, self.worker
         seconds = time.perf_counter() - self.started
+        self.parts.exchange.complete_for_all(state)
         together(self.communicator, "the last checkpoint", lambda: chronicle.checkpoint(state))
         keeps_best = self.job.train.result == "best" and worker.best is not None
         weights = worker.best if keeps_best and worker.best is not None else state.weights

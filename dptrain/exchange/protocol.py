@@ -95,6 +95,16 @@ class Exchange(ABC):
     def judging(self, weights: Array, part: str, state: State) -> None:  # noqa: B027 - as above
         """What the next ``gather`` is about: these weights, on a part of the data."""
 
+    def complete(self, state: State) -> bool:
+        """On the chief: get what lies elsewhere of a committed state to where a checkpoint can be made of it.
+
+        False where that is gone.
+        """
+        return True
+
+    def complete_for_all(self, state: State) -> None:  # noqa: B027 - as above
+        """The same, called by all alike. Raises ResidualsLost on all."""
+
     def others(self) -> list[dict[str, Any]]:
         """The figures of those who computed for this worker elsewhere."""
         return []

@@ -246,6 +246,7 @@ class JoinRequest(_message.Message):
     ARITHMETIC_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
+    RESIDUALS_FIELD_NUMBER: _builtins.int
     job_sha256: _builtins.str
     """The SHA-256 of its job."""
     data_digest: _builtins.str
@@ -258,6 +259,10 @@ class JoinRequest(_message.Message):
     """Its machine's name, for people."""
     processes: _builtins.int
     """How many processes compute for it."""
+    @_builtins.property
+    def residuals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Kept]:
+        """The shards' residuals that it has from before."""
+
     def __init__(
         self,
         *,
@@ -267,14 +272,105 @@ class JoinRequest(_message.Message):
         arithmetic: _builtins.str = ...,
         host: _builtins.str = ...,
         processes: _builtins.int = ...,
+        residuals: _abc.Iterable[Global___Kept] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arithmetic", b"arithmetic", "data_digest", b"data_digest", "fingerprint", b"fingerprint", "host", b"host", "job_sha256", b"job_sha256", "processes", b"processes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arithmetic", b"arithmetic", "data_digest", b"data_digest", "fingerprint", b"fingerprint", "host", b"host", "job_sha256", b"job_sha256", "processes", b"processes", "residuals", b"residuals"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JoinRequest: _TypeAlias = JoinRequest  # noqa: Y015
+
+@_typing.final
+class Age(_message.Message):
+    """Which of a shard's residuals it is: steps and updates that led to it, counted when it was made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    UPDATES_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """The steps."""
+    updates: _builtins.int
+    """The updates; 0 are zeros, which everybody has."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        updates: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step", "updates", b"updates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Age: _TypeAlias = Age  # noqa: Y015
+
+@_typing.final
+class Kept(_message.Message):
+    """A shard's residual."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_FIELD_NUMBER: _builtins.int
+    AGE_FIELD_NUMBER: _builtins.int
+    shard: _builtins.int
+    """The shard."""
+    @_builtins.property
+    def age(self) -> Global___Age:
+        """Which of its residuals."""
+
+    def __init__(
+        self,
+        *,
+        shard: _builtins.int = ...,
+        age: Global___Age | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "shard", b"shard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Kept: _TypeAlias = Kept  # noqa: Y015
+
+@_typing.final
+class Residual(_message.Message):
+    """A part of a shard's residual, on its way from who computed the shard to who does from now on, or to a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEPT_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """The first element."""
+    data: _builtins.bytes
+    """At most 1 MiB of elements of the job's type, as they are."""
+    checksum: _builtins.int
+    """xxh3_64 of the bytes."""
+    @_builtins.property
+    def kept(self) -> Global___Kept:
+        """Whose."""
+
+    def __init__(
+        self,
+        *,
+        kept: Global___Kept | None = ...,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        checksum: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "data", b"data", "kept", b"kept", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Residual: _TypeAlias = Residual  # noqa: Y015
 
 @_typing.final
 class JoinResponse(_message.Message):
@@ -366,6 +462,7 @@ class WorkRequest(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     SIGN_FIELD_NUMBER: _builtins.int
+    RESIDUAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def membership(self) -> Global___Membership:
         """Who."""
@@ -386,6 +483,10 @@ class WorkRequest(_message.Message):
     def sign(self) -> Global___Sign:
         """It is alive."""
 
+    @_builtins.property
+    def residual(self) -> Global___Residual:
+        """What it was asked to give."""
+
     def __init__(
         self,
         *,
@@ -394,12 +495,13 @@ class WorkRequest(_message.Message):
         blocks: Global___Blocks | None = ...,
         failure: Global___Failure | None = ...,
         sign: Global___Sign | None = ...,
+        residual: Global___Residual | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "blocks", b"blocks", "failure", b"failure", "membership", b"membership", "said", b"said", "sign", b"sign"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "blocks", b"blocks", "failure", b"failure", "membership", b"membership", "residual", b"residual", "said", b"said", "sign", b"sign"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "blocks", b"blocks", "failure", b"failure", "membership", b"membership", "said", b"said", "sign", b"sign"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "blocks", b"blocks", "failure", b"failure", "membership", b"membership", "residual", b"residual", "said", b"said", "sign", b"sign"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_said: _TypeAlias = _typing.Literal["answer", "blocks", "failure", "sign"]  # noqa: Y015
+    _WhichOneofReturnType_said: _TypeAlias = _typing.Literal["answer", "blocks", "failure", "sign", "residual"]  # noqa: Y015
     _WhichOneofArgType_said: _TypeAlias = _typing.Literal["said", b"said"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_said) -> _WhichOneofReturnType_said | None: ...
 
@@ -595,6 +697,8 @@ class WorkResponse(_message.Message):
     COMPUTE_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    GIVE_FIELD_NUMBER: _builtins.int
+    RESIDUAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def membership(self) -> Global___Membership:
         """Who."""
@@ -611,6 +715,14 @@ class WorkResponse(_message.Message):
     def end(self) -> Global___End:
         """Leave."""
 
+    @_builtins.property
+    def give(self) -> Global___Kept:
+        """Send a residual."""
+
+    @_builtins.property
+    def residual(self) -> Global___Residual:
+        """Compute with this one."""
+
     def __init__(
         self,
         *,
@@ -618,12 +730,14 @@ class WorkResponse(_message.Message):
         compute: Global___Compute | None = ...,
         evaluate: Global___Evaluate | None = ...,
         end: Global___End | None = ...,
+        give: Global___Kept | None = ...,
+        residual: Global___Residual | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "end", b"end", "evaluate", b"evaluate", "membership", b"membership", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "end", b"end", "evaluate", b"evaluate", "give", b"give", "membership", b"membership", "residual", b"residual", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "end", b"end", "evaluate", b"evaluate", "membership", b"membership", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "end", b"end", "evaluate", b"evaluate", "give", b"give", "membership", b"membership", "residual", b"residual", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["compute", "evaluate", "end"]  # noqa: Y015
+    _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["compute", "evaluate", "end", "give", "residual"]  # noqa: Y015
     _WhichOneofArgType_task: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_task) -> _WhichOneofReturnType_task | None: ...
 
@@ -640,6 +754,7 @@ class Compute(_message.Message):
     LO_FIELD_NUMBER: _builtins.int
     HI_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
+    RESIDUALS_FIELD_NUMBER: _builtins.int
     lease: _builtins.int
     """Its number."""
     step: _builtins.int
@@ -650,6 +765,10 @@ class Compute(_message.Message):
     """See lo."""
     weights: _builtins.int
     """Where gradients may be late: the number of steps that led to the weights. They come to this worker alone."""
+    @_builtins.property
+    def residuals(self) -> Global___Age:
+        """Where shards keep residuals: which of them belong to this step."""
+
     def __init__(
         self,
         *,
@@ -658,10 +777,11 @@ class Compute(_message.Message):
         lo: _builtins.int = ...,
         hi: _builtins.int = ...,
         weights: _builtins.int | None = ...,
+        residuals: Global___Age | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "residuals", b"residuals", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "hi", b"hi", "lease", b"lease", "lo", b"lo", "step", b"step", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "hi", b"hi", "lease", b"lease", "lo", b"lo", "residuals", b"residuals", "step", b"step", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__weights: _TypeAlias = _typing.Literal["weights"]  # noqa: Y015
     _WhichOneofArgType__weights: _TypeAlias = _typing.Literal["_weights", b"_weights"]  # noqa: Y015

@@ -21,6 +21,7 @@ from dptrain.errors import DptrainError, RefusedError, exit_code
 from dptrain.exchange.parameter_server import codec
 from dptrain.exchange.parameter_server.codec import Piece, Version, Written, cuts, elements, encode
 from dptrain.exchange.parameter_server.compute import Compute
+from dptrain.exchange.parameter_server.residuals import Age, parts
 from dptrain.exchange.parameter_server.service import SERVICE
 from dptrain.layout import Array
 from dptrain.nn.accumulate import Partials
@@ -269,6 +270,8 @@ class Client:
                         since = self._partials(task.compute, since)
                     elif kind == "evaluate":
                         self._blocks(task.evaluate)
+                    else:
+                        self._keep(task)
                 except Broken:
                     return self._last_word(tasks)
                 except grpc.RpcError:
@@ -300,7 +303,7 @@ class Client:
             if not self._free(task) or not self.weights.wait((version, False)):
                 return since
             began = time.perf_counter()
-            partials = self._compute.partials(task.step, task.lo, task.hi)
+            partials = self._computed(task)
             ended = time.perf_counter()
         self._push(task, partials)
         answer = pb.Answer(
@@ -313,6 +316,34 @@ class Client:
         )
         self._said.queue.put(pb.WorkRequest(membership=self._membership, answer=answer))
         return ended
+
+    def _computed(self, task: pb.Compute) -> Partials:
+        """Raises Broken where the server is wrong about whose residuals are here."""
+        compute, keeping, age = self._compute, self._compute.keeping, Age.of(task.residuals)
+        if keeping is None:
+            return compute.partials(task.step, task.lo, task.hi)
+        try:
+            keeping.begin(age, task.lo, task.hi)
+        except KeyError as error:
+            raise Broken from error
+        partials = compute.partials(task.step, task.lo, task.hi, age.updates)
+        keeping.ended(age, task.step, task.lo, task.hi)
+        return partials
+
+    def _keep(self, task: pb.WorkResponse) -> None:
+        """Give a residual, or take a part of one. Raises Broken where it is not here, or damaged."""
+        keeping = self._compute.keeping
+        try:
+            if keeping is None:
+                raise ValueError("no residuals are kept")
+            if task.HasField("residual"):
+                keeping.take(task.residual)
+            else:
+                age, shard = Age.of(task.give.age), task.give.shard
+                for part in parts(keeping.row(shard, age), shard, age):
+                    self._said.queue.put(pb.WorkRequest(membership=self._membership, residual=part))
+        except (KeyError, ValueError) as error:
+            raise Broken from error
 
     def _push(self, task: pb.Compute, partials: Partials) -> None:
         """Send all that was computed, each segment to its server."""

@@ -39,6 +39,7 @@ _ENCODINGS: dict[str, pb.Encoding.ValueType] = {
     packing.RAW: pb.ENCODING_RAW,
     packing.BFLOAT16: pb.ENCODING_BFLOAT16,
     packing.FLOAT16: pb.ENCODING_FLOAT16,
+    packing.SPARSE: pb.ENCODING_SPARSE,
 }
 _NAMES = {number: name for name, number in _ENCODINGS.items()}
 
@@ -52,6 +53,11 @@ class Written(NamedTuple):
     def at(self, element: int) -> pb.Encoding.ValueType:
         """The encoding of a chunk that begins there."""
         return _ENCODINGS[self.encoding] if element < self.parameters else pb.ENCODING_RAW
+
+    def may_be(self, encoding: pb.Encoding.ValueType, element: int) -> bool:
+        """Whether a chunk that begins there may be written so: what sparse would make longer goes as it is."""
+        wanted = self.at(element)
+        return encoding == wanted or (wanted == pb.ENCODING_SPARSE and encoding == pb.ENCODING_RAW)
 
 
 def cuts(elements: int, itemsize: int, border: int = 0) -> list[tuple[int, int]]:
@@ -72,10 +78,11 @@ def checksum(data: bytes | memoryview) -> int:
 def encode(place: pb.Place, vector: Array) -> bytes:
     """A chunk of contiguous elements, with its checksum, as the bytes of a PushRequest or PullResponse.
 
-    It is written in the encoding that its place names.
+    It is written in the encoding that its place names, or raw where sparse would be longer.
     """
-    (piece,) = packing.pack(vector, _NAMES[place.encoding]).pieces
-    data = piece.data
+    packed = packing.pack(vector, _NAMES[place.encoding])
+    place.encoding = _ENCODINGS[packed.encoding]
+    data = packed.pieces[0].data if len(packed.pieces) == 1 else b"".join(piece.tobytes() for piece in packed.pieces)
     place.checksum = checksum(data)
     head = place.SerializeToString()
     return b"".join((_PLACE, _varint(len(head)), head, _DATA, _varint(len(data)), data))
@@ -96,9 +103,10 @@ def elements(piece: Piece, into: Array) -> None:
     packing.unpack(np.frombuffer(piece.data, np.uint8), _NAMES[piece.place.encoding], into)
 
 
-def bytes_of(count: int, dtype: npt.DTypeLike, encoding: pb.Encoding.ValueType) -> int:
-    """The length of so many elements' data."""
-    return count * (np.dtype(dtype).itemsize if encoding == pb.ENCODING_RAW else 2)
+def fits(piece: Piece, count: int, dtype: npt.DTypeLike) -> bool:
+    """Whether the chunk's data may be so many elements."""
+    itemsize = np.dtype(dtype).itemsize
+    return packing.fits(len(piece.data), _NAMES[piece.place.encoding], count, itemsize)
 
 
 def _decode(kind: type[Chunk], message: bytes) -> Piece:

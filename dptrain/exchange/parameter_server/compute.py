@@ -8,6 +8,7 @@ import numpy.typing as npt
 from dptrain.board import BEAT
 from dptrain.exchange.parameter_server.host_memory import most_slots
 from dptrain.exchange.parameter_server.means import Means
+from dptrain.exchange.parameter_server.residuals import Keeping, beside
 from dptrain.layout import Array
 from dptrain.nn.accumulate import Partials
 from dptrain.phases import Phases
@@ -21,9 +22,14 @@ class Compute(Protocol):
 
     who: str
     weights: Array
+    keeping: Keeping | None
+    """The shards' residuals, where they keep any."""
 
-    def partials(self, step: int, lo: int, hi: int) -> Partials:
-        """The maximal subtrees of shards lo to hi, their vectors ready to be sent."""
+    def partials(self, step: int, lo: int, hi: int, updates: int = 0) -> Partials:
+        """The maximal subtrees of shards lo to hi, their vectors ready to be sent.
+
+        Residuals are taken, and left, where those lie that ``updates`` updates led to.
+        """
 
     def evaluate(self, part: str, lo: int, hi: int, step: int) -> npt.NDArray[np.float64]:
         """The sums of blocks lo to hi of a part, (hi - lo, width)."""
@@ -46,13 +52,20 @@ class Here:
     def __init__(self, means: Means, phases: Phases) -> None:
         model = means.accumulator.model
         self.weights = np.zeros(model.layout.size, model.dtype)
+        self.keeping = None
+        shards = means.accumulator.shards if means.accumulator.gradients.feeds_back else 0
+        # Pages of shards that others compute are never touched.
+        self._residuals: Array = np.zeros((2, shards, model.layout.parameters), model.dtype)
+        if shards:
+            self.keeping = Keeping(self._residuals)
         self._means, self._phases = means, phases
         means.tell(phases)
         self._outbox = np.zeros((most_slots(means.accumulator.shards), model.layout.size), model.dtype)
 
-    def partials(self, step: int, lo: int, hi: int) -> Partials:
+    def partials(self, step: int, lo: int, hi: int, updates: int = 0) -> Partials:
         """See Compute."""
-        return self._means.partials(self.weights, self._outbox, step, lo, hi)
+        kept = beside(self._residuals, updates) if self.keeping is not None else None
+        return self._means.partials(self.weights, self._outbox, step, lo, hi, kept)
 
     def evaluate(self, part: str, lo: int, hi: int, step: int) -> npt.NDArray[np.float64]:
         """See Compute."""

@@ -17,7 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.arrivals import arrival
-from dptrain.errors import DeadlineError, DisagreementError, PeerFailed, PoisonError, WorkerLost, exit_code
+from dptrain.errors import (
+    DeadlineError,
+    DisagreementError,
+    PeerFailed,
+    PoisonError,
+    ResidualsLost,
+    WorkerLost,
+    exit_code,
+)
 from dptrain.exchange.communicator import Message
 from dptrain.exchange.parameter_server import leases
 from dptrain.exchange.parameter_server.codec import Written
@@ -25,6 +33,7 @@ from dptrain.exchange.parameter_server.hub import Member, Part
 from dptrain.exchange.parameter_server.intake import Box, Intake
 from dptrain.exchange.parameter_server.leases import Grant, Lease, Range
 from dptrain.exchange.parameter_server.outlet import Outlet
+from dptrain.exchange.parameter_server.residuals import Age, Ledger, parts
 from dptrain.exchange.parameter_server.servers import Chief
 from dptrain.exchange.protocol import Exchange
 from dptrain.exchange.segments import in_place
@@ -79,7 +88,13 @@ class ParameterServer(Exchange):
         self.lease_seconds, self.deadline, self.backup_workers = lease_seconds, deadline, backup_workers
         size = update.layout.size
         self.outbox = np.zeros((1, size), dtype)
-        self.store = Store(update.layout, len(update.optimizer.slots), dtype)
+        kept = membership.shards if update.gradients.feeds_back else 0
+        self.store = Store(update.layout, len(update.optimizer.slots), dtype, kept, elsewhere=True)
+        self._ledger = Ledger(self.store.residuals(0)) if kept else None
+        self.hub.residuals = self._ledger
+        self._begun = False
+        self._patience = 0.0
+        """Until then those that come back to another chief may have residuals that nobody else has."""
         self._wanted_segments = servers
         self._goal = Node(0, membership.shards)
         self._question: tuple[Array | None, str] = (None, "")
@@ -160,6 +175,10 @@ class ParameterServer(Exchange):
     def lead(self, membership: Membership) -> None:
         """Go on with the servers that are left."""
         self.membership, self._ballot = membership, None
+        self._patience = time.monotonic() + self.lease_seconds
+        if self._ledger is not None:
+            with self.hub.changed:
+                self._ledger.renew()
         self._cut()
         self._admit()
 
@@ -200,29 +219,61 @@ class ParameterServer(Exchange):
             good = other.advance(state, scale=scale, rows=rows, add=False, share=share) and good
         return good
 
+    def begin(self, step: int, total: int, pending: Sequence[int]) -> bool:
+        """See Exchange."""
+        with self.hub.changed:
+            if self._ledger is not None:
+                self._ledger.begin()
+            for number in list(self.hub.members) if self._begun else ():
+                # It has newer weights than there are from now on, and a task that counts no more.
+                self.hub.lose(number, "left")
+            self._begun = True
+        return super().begin(step, total, pending)
+
     def swap(self, state: State, partials: Partials, report: Report) -> tuple[State, Verdict]:
         """See Exchange; ``partials`` are none."""
+        try:
+            return self._swap(state, partials, report)
+        except ResidualsLost:
+            self._retract()
+            raise
+
+    def _swap(self, state: State, partials: Partials, report: Report) -> tuple[State, Verdict]:
         failure: BaseException | None = None
         tallies = np.zeros((1, TALLIES))
+        if self._ledger is not None:
+            with self.hub.changed:
+                self._ledger.at(Age(state.step, state.updates))
+        self._computed_by: list[Lease] = []
         self._publish(state)
         self._chosen = None
         if self.leads and not report.failure:
             try:
+                if self._ledger is not None:
+                    self._see_off()
                 tallies = self._computed(state)
             except BaseException as error:  # the other servers must not be left waiting
                 if self._servers.disturbed and isinstance(error, WorkerLost):
-                    raise
+                    raise _disturbed() from None
                 failure, report = error, report._replace(failure=exit_code(error))
         nodes = [self._goal] if self.leads else []
         try:
             if self.membership.size > 1:
                 self._choose()
             after, verdict = super().swap(state, Partials(nodes, self.outbox, tallies[: len(nodes)]), report)
-        except (PeerFailed, WorkerLost):
+        except (PeerFailed, WorkerLost) as error:
+            if isinstance(failure, ResidualsLost):
+                # Where another server is gone too, all hear of this when they meet.
+                raise failure from None
             if failure is not None:
                 self.communicator.agreed = True
                 raise failure from None
+            if isinstance(error, PeerFailed) and error.exit_code == ResidualsLost.exit_code:
+                raise _lost() from None
             raise
+        if self._ledger is not None and verdict.finite:
+            with self.hub.changed:
+                self._ledger.committed(Age(after.step, after.updates), self._computed_by)
         self._publish(after)
         return after, verdict
 
@@ -280,14 +331,14 @@ class ParameterServer(Exchange):
         width = rows.shape[1]
         hub = self.hub
 
-        def ask(grant: Grant) -> None:
-            some, member = grant
-            lease = hub.lease(member, some.lo, some.hi)
-            some.leases.append(lease)
-            question = pb.Evaluate(
-                lease=lease.number, step=step, part=part, lo=some.lo, hi=some.hi, best=best is not None
-            )
-            hub.send(member, evaluate=question)
+        def ask(grants: Sequence[Grant]) -> None:
+            for some, member in grants:
+                lease = hub.lease(member, some.lo, some.hi)
+                some.leases.append(lease)
+                question = pb.Evaluate(
+                    lease=lease.number, step=step, part=part, lo=some.lo, hi=some.hi, best=best is not None
+                )
+                hub.send(member, evaluate=question)
 
         def fits(some: Range, found: npt.NDArray[np.float64]) -> bool:
             return bool(found.size == (some.hi - some.lo) * width)
@@ -300,6 +351,116 @@ class ParameterServer(Exchange):
             assert some.answer is not None
             parts.append(self._rows[some.answer.number].reshape(-1, width))
         return np.concatenate(parts) if parts else rows
+
+    def complete(self, state: State) -> bool:
+        """See Exchange."""
+        if self._ledger is None:
+            return True
+        self.phases.begin(Phase.WAITING, "residuals")
+        try:
+            with self.hub.changed:
+                self._ledger.at(Age(state.step, state.updates))
+                self._bring(self._ledger, range(self.membership.shards))
+        except WorkerLost:
+            # Of which all are told with the next step.
+            return False
+        finally:
+            self.phases.begin(Phase.OTHER)
+        return True
+
+    def complete_for_all(self, state: State) -> None:
+        """See Exchange."""
+        if self._ledger is None:
+            return
+        found = self.complete(state) if self.leads else None
+        if self._servers.disturbed:
+            self._look_up()
+        if not self._servers.broadcast_json(found, "residuals"):
+            self._retract()
+            raise _lost()
+
+    def _retract(self) -> None:
+        """The run goes back: what is under way counts no more, nor do the weights that were handed out."""
+        self.outlet.retract()
+        self._published = None
+        self.hub.chosen()
+        if self._ledger is not None:
+            with self.hub.changed:
+                self._ledger.ask_no_more()
+
+    def _see_off(self) -> None:
+        """Let those go that want to, once what only they have is here. Raises ResidualsLost."""
+        hub, ledger = self.hub, self._ledger
+        assert ledger is not None
+        with hub.changed:
+            leaving = [number for number, member in hub.members.items() if member.leaves]
+            if not leaving:
+                return
+            if ledger.age is not None and ledger.age.updates:
+                claims = hub.claims()
+                theirs = [
+                    shard for shard in range(self.membership.shards) if {*ledger.holders(shard, claims)} <= {*leaving}
+                ]
+                self._bring(ledger, theirs)
+            for number in leaving:
+                hub.lose(number, "left")
+
+    def _handed_over(self, ledger: Ledger, grants: Sequence[Grant]) -> list[Grant]:
+        """The grants to members that are there still, once those have the residuals of their shards.
+
+        To be called with the lock held. Raises ResidualsLost.
+        """
+        hub = self.hub
+        lacking = [
+            (shard, member)
+            for some, member in grants
+            for shard in range(some.lo, some.hi)
+            if ledger.lacks(shard, member, hub.claims())
+        ]
+        self._bring(ledger, [shard for shard, _ in lacking])
+        for shard, member in lacking:
+            if member in hub.members:
+                for part in parts(ledger.rows[shard], shard, ledger.age or Age(0, 0)):
+                    hub.send(member, residual=part)
+        there = [grant for grant in grants if grant.member in hub.members]
+        for some, member in there:
+            for shard in range(some.lo, some.hi):
+                ledger.granted(shard, member, hub.members[member].claims)
+        return there
+
+    def _bring(self, ledger: Ledger, shards: Sequence[int]) -> None:
+        """Have the residuals of these shards here; to be called with the lock held. Raises ResidualsLost."""
+        hub = self.hub
+        until = time.monotonic() + self.deadline
+        assert ledger.age is not None
+        if not ledger.age.updates:
+            for shard in shards:
+                ledger.rows[shard].fill(0)
+            return
+        while missing := [shard for shard in shards if not ledger.here(shard)]:
+            self._look_up()
+            now, heard, claims = time.monotonic(), hub.heard(), hub.claims()
+            asked = set()
+            for shard in missing:
+                holders = ledger.holders(shard, claims)
+                if holders:
+                    asked.add(holders[0])
+                    question = ledger.ask(shard, holders[0])
+                    if question is not None:
+                        hub.send(holders[0], give=question)
+                elif now > self._patience:
+                    raise _lost()
+            for member in asked:
+                if now - heard[member] > self.lease_seconds:
+                    hub.lose(member, f"said nothing for {self.lease_seconds:g} s")
+            if now > until:
+                raise DeadlineError(
+                    f"the parameter server at step {hub.step}",
+                    expected=f"the residuals of all shards within {self.deadline:g} s",
+                    found="some missing",
+                    cure="see what the workers do, or raise exchange.deadline",
+                )
+            hub.changed.wait(LOOK)
 
     def others(self) -> list[dict[str, Any]]:
         """See Exchange."""
@@ -330,14 +491,19 @@ class ParameterServer(Exchange):
         boxes = self._boxes = {}
         counts: dict[int, int] = {}
 
-        def ask(grant: Grant) -> None:
-            some, member = grant
-            count = counts[member] = counts.get(member, 0) + 1
-            lease = hub.lease(member, some.lo, some.hi, count=count)
-            some.leases.append(lease)
-            nodes = subtrees(some.lo, some.hi, shards)
-            boxes[lease.number] = (member, count), self.intake.expect(lease.number, member, count, nodes)
-            hub.send(member, compute=pb.Compute(lease=lease.number, step=state.step, lo=some.lo, hi=some.hi))
+        def ask(grants: Sequence[Grant]) -> None:
+            if self._ledger is not None:
+                grants = self._handed_over(self._ledger, grants)
+            for some, member in grants:
+                count = counts[member] = counts.get(member, 0) + 1
+                lease = hub.lease(member, some.lo, some.hi, count=count)
+                some.leases.append(lease)
+                nodes = subtrees(some.lo, some.hi, shards)
+                boxes[lease.number] = (member, count), self.intake.expect(lease.number, member, count, nodes)
+                task = pb.Compute(lease=lease.number, step=state.step, lo=some.lo, hi=some.hi)
+                if self._ledger is not None and self._ledger.age is not None:
+                    task.residuals.CopyFrom(self._ledger.age.said)
+                hub.send(member, compute=task)
 
         def fits(some: Range, found: npt.NDArray[np.float64]) -> bool:
             return len(found) == len(subtrees(some.lo, some.hi, shards))
@@ -347,7 +513,8 @@ class ParameterServer(Exchange):
         done = self._answered(state.step, shards, ask, fits, self.backup_workers)
         self.waited += time.perf_counter() - started
         self.phases.begin(Phase.EXCHANGE)
-        chosen = [some.answer.number for some in done if some.answer is not None]
+        self._computed_by = [some.answer for some in done if some.answer is not None]
+        chosen = [lease.number for lease in self._computed_by]
         self._chosen = [(lease, *boxes[lease][0]) for lease in chosen]
         return self._finished([(*boxes[lease], self._rows[lease]) for lease in chosen])
 
@@ -379,7 +546,7 @@ class ParameterServer(Exchange):
         self,
         step: int,
         total: int,
-        ask: Callable[[Grant], None],
+        ask: Callable[[Sequence[Grant]], None],
         fits: Callable[[Range, npt.NDArray[np.float64]], bool],
         backup: int,
     ) -> list[Range]:
@@ -397,8 +564,7 @@ class ParameterServer(Exchange):
                 seconds = {m.number: m.seconds_a_shard for m in hub.members.values()}
                 grants = leases.singled(grants, seconds, backup)
             ranges = [grant.range for grant in grants]
-            for grant in grants:
-                ask(grant)
+            ask(grants)
             alone_since = time.monotonic()
             while True:
                 self._look_up()
@@ -426,8 +592,7 @@ class ParameterServer(Exchange):
                     if leases.orphaned(ranges, hub.members):
                         self._give_anew(ranges, ask)
                     elif backup:
-                        for grant in leases.doubled(ranges, sorted(hub.members), backup):
-                            ask(grant)
+                        ask(leases.doubled(ranges, sorted(hub.members), backup))
                 wait = leases.until_overdue(living, heard, now, self.lease_seconds)
                 hub.changed.wait(min(LOOK, max(0.0, wait)))
             self._disagree(self._compared(ranges, step))
@@ -439,7 +604,7 @@ class ParameterServer(Exchange):
         if self.hub.failure is not None:
             raise self.hub.failure
         if self._servers.disturbed:
-            raise WorkerLost("the parameter servers", expected="all to live", found="a death", cure="the others meet")
+            raise _disturbed()
 
     def _read(self, ranges: Sequence[Range], fits: Callable[[Range, npt.NDArray[np.float64]], bool]) -> list[Range]:
         """Take the first good answer of each range; the ranges that another is to be asked for, too.
@@ -498,10 +663,10 @@ class ParameterServer(Exchange):
         open_ = self.hub.open.get(lease.number)
         return open_ is None or not open_.whole or open_.rows is None
 
-    def _ask_another(self, some: Range, ranges: Sequence[Range], ask: Callable[[Grant], None]) -> None:
+    def _ask_another(self, some: Range, ranges: Sequence[Range], ask: Callable[[Sequence[Grant]], None]) -> None:
         """Let another worker compute a range too."""
         others = self._others(some)
-        ask(Grant(some, [*leases.idle(ranges, others), *others][0]))
+        ask([Grant(some, [*leases.idle(ranges, others), *others][0])])
 
     def _compared(self, ranges: Sequence[Range], step: int) -> list[int]:
         """The leases of which something else came than of who was first; what is yet to come is compared later."""
@@ -548,7 +713,7 @@ class ParameterServer(Exchange):
             hub.changed.wait(LOOK)
         return working
 
-    def _give_anew(self, ranges: list[Range], ask: Callable[[Grant], None]) -> None:
+    def _give_anew(self, ranges: list[Range], ask: Callable[[Sequence[Grant]], None]) -> None:
         """Give what the gone had to do to those that are there, if there are any."""
         hub = self.hub
         working = hub.working()
@@ -558,9 +723,9 @@ class ParameterServer(Exchange):
             ranges.remove(some)
             free = leases.idle(ranges, working)
             order = free + [member for member in working if member not in free]
-            for grant in leases.shared(some.lo, some.hi, order):
-                ranges.append(grant.range)
-                ask(grant)
+            grants = leases.shared(some.lo, some.hi, order)
+            ranges += [grant.range for grant in grants]
+            ask(grants)
 
     def _mourn(self, step: int, open_: Sequence[leases.Lease]) -> None:
         """Remember who is gone with which shards. Raises PoisonError where a shard's owner is the second to vanish."""
@@ -600,6 +765,19 @@ def poison(shard: int, step: int, lost: Sequence[int]) -> PoisonError:
         expected="its owner to live",
         found=f"that workers {lost[0]} and {lost[1]}, who had it one after the other, were lost there",
         cure="look at that shard's rows and at the model: whatever is in them ends every worker",
+    )
+
+
+def _disturbed() -> WorkerLost:
+    return WorkerLost("the parameter servers", expected="all to live", found="a death", cure="the others meet")
+
+
+def _lost() -> ResidualsLost:
+    return ResidualsLost(
+        "the parameter server",
+        expected="the residuals of all shards",
+        found="some gone with a worker",
+        cure="the run goes back to where all were together",
     )
 
 

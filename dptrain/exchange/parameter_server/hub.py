@@ -22,6 +22,7 @@ from dptrain.exchange.parameter_server.codec import Piece, Version
 from dptrain.exchange.parameter_server.intake import Intake
 from dptrain.exchange.parameter_server.leases import Lease
 from dptrain.exchange.parameter_server.outlet import Listening, Outlet
+from dptrain.exchange.parameter_server.residuals import Claims, Ledger, claimed
 from dptrain.nn.accumulate import TALLIES
 from dptrain.tree import subtrees
 from dptrain.v1 import parameter_server_pb2 as pb
@@ -74,6 +75,10 @@ class Member:
     processes: int = 1
     figures: Sequence[pb.ProcessFigures] = ()
     """What each of several processes of its host has done."""
+    claims: Claims = field(default_factory=dict)
+    """The residuals that it had when it joined, as far as it may have them still."""
+    leaves: bool = False
+    """Whether it wants to leave, as soon as what only it has is handed over."""
 
 
 class Answered:
@@ -109,6 +114,8 @@ class Hub:
         self.losses: list[tuple[Member, str]] = []
         """Who is gone since the exchange looked last, and how."""
         self.part: Part | None = None
+        self.residuals: Ledger | None = None
+        """Where those of the shards are, at the chief, if they keep any."""
         self.server = 0
         """This server's number."""
         self._lease = 0
@@ -190,8 +197,16 @@ class Hub:
                 self.open.pop(lease, None)
 
     def working(self) -> list[int]:
-        """The members that have begun to work; to be called with ``changed`` held."""
-        return sorted(number for number, member in self.members.items() if member.working)
+        """The members that have begun to work; to be called with ``changed`` held.
+
+        Those that want to leave are among them only where all do.
+        """
+        found = sorted(number for number, member in self.members.items() if member.working)
+        return [number for number in found if not self.members[number].leaves] or found
+
+    def claims(self) -> dict[int, Claims]:
+        """What residuals each member has from before; to be called with ``changed`` held."""
+        return {number: member.claims for number, member in self.members.items()}
 
     def heard(self) -> dict[int, float]:
         """When each member last gave a sign of life; to be called with ``changed`` held."""
@@ -295,6 +310,7 @@ class Hub:
             epoch = secrets.randbits(63)
             member = Member(len(self.all) + 1, epoch, request.host, self.step, heard=time.monotonic())
             member.processes = max(1, request.processes)
+            member.claims = claimed(request.residuals)
             self.all.append(member)
             self.members[member.number] = member
             self._epochs[member.number] = epoch
@@ -303,11 +319,19 @@ class Hub:
             self.changed.notify_all()
             return pb.JoinResponse(membership=membership, step=self.step, servers=part.servers, segments=part.segments)
 
-    def leave(self, membership: pb.Membership) -> None:
-        """A worker leaves of its own will."""
+    def leave(self, membership: pb.Membership, seconds: float | None = None) -> None:
+        """A worker leaves of its own will; one that may have residuals once they are handed over, or in any case after
+        so many seconds.
+        """
         with self.changed:
-            if self.member(membership) is not None:
-                self.lose(membership.worker, "left")
+            member = self.member(membership)
+            if member is None:
+                return
+            if self.residuals is not None and not self._closed:
+                member.leaves = True
+                self.changed.notify_all()
+                self.changed.wait_for(lambda: self._closed or self.member(membership) is None, seconds)
+            self.lose(membership.worker, "left")
 
     def member(self, membership: pb.Membership) -> Member | None:
         """Whom a message is of; None where that is nobody who takes part."""
@@ -342,6 +366,9 @@ class Hub:
                 self._answer(member, request.answer)
             elif said == "blocks":
                 self._blocks(member, request.blocks)
+            elif said == "residual" and self.residuals is not None:
+                self.residuals.take(member.number, request.residual)
+                self.changed.notify_all()
             return True
 
     def push(self, piece: Piece) -> tuple[pb.Outcome.ValueType, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from dptrain.exchange.parameter_server.codec import Piece, Written, bytes_of, checksum, cuts, elements
+from dptrain.exchange.parameter_server.codec import Piece, Written, checksum, cuts, elements, fits
 from dptrain.layout import Array
 from dptrain.tree import Node
 from dptrain.v1 import parameter_server_pb2 as pb
@@ -134,7 +134,12 @@ class Intake:
         row, offset = spot
         stop = self._cuts[offset]
         some = box.vectors[row, offset:stop]
-        elements(piece, some)
+        try:
+            elements(piece, some)
+        except ValueError as error:
+            with self._lock:
+                del box.sums[spot]
+            return pb.OUTCOME_REFUSED, str(error)
         # A sum of squares is quicker, and may be infinite though all are finite.
         finite = bool(np.isfinite(np.dot(some, some)) or np.isfinite(some).all())
         with self._lock:
@@ -148,9 +153,9 @@ class Intake:
             return f"segment {self.segment} has {self.hi - self.lo} elements, not {place.total} of {place.segment}"
         if Node(place.lo, place.hi) not in box.nodes:
             return f"shards {place.lo} to {place.hi} are no node of lease {place.lease}"
-        if place.encoding != self._written.at(place.offset):
+        if not self._written.may_be(place.encoding, place.offset):
             return f"encoding {place.encoding} is not the job's"
         stop = self._cuts.get(place.offset)
-        if stop is None or len(piece.data) != bytes_of(stop - place.offset, self.dtype, place.encoding):
+        if stop is None or not fits(piece, stop - place.offset, self.dtype):
             return f"{len(piece.data)} bytes at element {place.offset} are no chunk"
         return ""

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from dptrain.data.batches import Loaded, Reader
 from dptrain.layout import Array
-from dptrain.nn.accumulate import Accumulator, Partials, Schedule
+from dptrain.nn.accumulate import Accumulator, Partials, Residuals, Schedule
 from dptrain.nn.evaluate import Evaluator, Rows
 from dptrain.phases import Phases
 
@@ -27,8 +27,10 @@ class Means:
         """Let ``phases`` know where time goes from now on."""
         self.accumulator.phases = self.evaluator.phases = phases
 
-    def partials(self, weights: Array, outbox: Array, step: int, lo: int, hi: int) -> Partials:
-        """The partials of shards lo to hi at this step, in the first rows of the outbox."""
+    def partials(
+        self, weights: Array, outbox: Array, step: int, lo: int, hi: int, kept: Residuals | None = None
+    ) -> Partials:
+        """The partials of shards lo to hi at this step, in the first rows of the outbox; ``kept`` are all residuals."""
         k = self.accumulator.at_once
         plan = self._schedules.get((lo, hi))
         if plan is None:
@@ -40,7 +42,7 @@ class Means:
             return self.reader.load(step, start, stop, then)
 
         with np.errstate(all="ignore"):
-            return self.accumulator.accumulate(weights, plan, outbox, step, load)
+            return self.accumulator.accumulate(weights, plan, outbox, step, load, kept)
 
     def evaluate(self, weights: Array, part: str, lo: int, hi: int) -> npt.NDArray[np.float64]:
         """The sums of blocks lo to hi of a part, (hi - lo, width)."""

@@ -83,6 +83,11 @@ class Outlet:
         for place, some in places:
             messages.add(encode(place, some))
 
+    def retract(self) -> None:
+        """What was handed out last is not what is gone on from: whoever listens from now on gets the next."""
+        with self._lock:
+            self._newest, self._version = None, None
+
     def hand(self, worker: int, version: Version) -> None:
         """Hand a version to a worker, as soon as it is published; it is the only one that this worker waits for."""
         with self._lock:

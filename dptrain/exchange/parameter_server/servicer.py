@@ -52,7 +52,7 @@ class Servicer:
 
     def leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
         """See the proto."""
-        self._hub.leave(request.membership)
+        self._hub.leave(request.membership, context.time_remaining())
         return pb.LeaveResponse()
 
     def work(self, requests: Iterator[pb.WorkRequest], context: grpc.ServicerContext) -> Iterator[pb.WorkResponse]:

@@ -29,6 +29,7 @@ from dptrain.exchange.parameter_server.host_memory import HostMemory, most_slots
 from dptrain.exchange.parameter_server.line import SLEEPLESS, Gone, Lines
 from dptrain.exchange.parameter_server.means import Means
 from dptrain.exchange.parameter_server.place import Place, Task, command
+from dptrain.exchange.parameter_server.residuals import Keeping, beside
 from dptrain.fingerprint import NOT_REPEATABLE
 from dptrain.layout import Array, segments
 from dptrain.nn.accumulate import TALLIES, Accumulator, Partials
@@ -96,6 +97,8 @@ class Several:
             "slots": most_slots(self.shards),
             "blocks": max((own.evaluator.blocks(part) for part in own.parts.values()), default=0),
             "width": own.evaluator.width,
+            "kept": self.shards if own.accumulator.gradients.feeds_back else 0,
+            "parameters": model.layout.parameters,
         }
         memory = HostMemory(**shape)
         self._reserved = shared_memory.nameless(memory.nbytes)
@@ -103,6 +106,7 @@ class Several:
         assert mapped is not None
         self._placed = memory.place(mapped)
         self.weights = self._placed.weights
+        self.keeping = Keeping(self._placed.residuals) if shape["kept"] else None
         self._sums: dict[tuple[tuple[int, int, int], ...], _Sum] = {}
         self._died: dict[tuple[int, tuple[int, int]], int] = {}
         self._compute_seconds = self._seconds = 0.0
@@ -150,13 +154,13 @@ class Several:
                 )
             self._hear(self._interval)
 
-    def partials(self, step: int, lo: int, hi: int) -> Partials:
+    def partials(self, step: int, lo: int, hi: int, updates: int = 0) -> Partials:
         """See Compute."""
         started = time.perf_counter()
         try:
             while True:
                 self._admit()
-                tasks = self._cut(COMPUTE, step, lo, hi)
+                tasks = self._cut(COMPUTE, step, lo, hi, updates)
                 try:
                     self._share(tasks)
                     return self._sum(tasks, step)
@@ -257,8 +261,9 @@ class Several:
         started = time.perf_counter()
         placed = self._placed
         if task.what == COMPUTE:
-            lo, hi = task.shards
-            done = self._own.partials(self.weights, placed.boxes[task.box], task.step, lo, hi)
+            lo, hi, updates = task.arguments
+            kept = beside(placed.residuals, updates) if self.keeping is not None else None
+            done = self._own.partials(self.weights, placed.boxes[task.box], task.step, lo, hi, kept)
             placed.tallies[task.box][: len(done.nodes)] = done.tallies
         elif task.what == EVALUATE:
             lo, hi, part = task.arguments

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dptrain.errors import LaunchError
-from dptrain.exchange.parameter_server.codec import CHUNK, Written, cuts, decode_push, elements, encode
+from dptrain.exchange.parameter_server.codec import CHUNK, Piece, Written, checksum, cuts, decode_push, elements, encode
 from dptrain.exchange.parameter_server.intake import Intake
 from dptrain.gradients import Rounded
 from dptrain.layout import Array
@@ -32,9 +32,11 @@ def test_the_hash_is_solos(name: str, shards: int, gradients: str, workers: int,
     assert plain.weights_sha256 != alone.weights_sha256
 
 
-def test_residuals_have_no_place_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exchange", [{"mode": "async"}, {"mode": "ssp"}, {"backup_workers": 1}])
+def test_where_residuals_have_no_place(exchange: dict[str, object], tmp_path: Path) -> None:
+    it = job("cnn", 6, arithmetic={"gradients": "top_k"}, exchange=exchange)
     with pytest.raises(LaunchError, match="top_k"):
-        Cluster(job("cnn", 6, arithmetic={"gradients": "top_k"}), tmp_path).train(0)
+        Cluster(it, tmp_path).train(0)
 
 
 def rounded(n: int) -> Array:
@@ -54,6 +56,43 @@ def test_two_bytes_an_element() -> None:
     into = np.zeros_like(vector)
     elements(decode_push(chunk(vector, pb.ENCODING_BFLOAT16)), into)
     assert into.tobytes() == vector.tobytes()
+
+
+def test_sparse_elements_are_indices_and_values() -> None:
+    vector: Array = np.zeros(10_000, np.float32)
+    vector[::100] = np.arange(1, 101)
+    message = chunk(vector, pb.ENCODING_SPARSE)
+    assert len(message) == pytest.approx(100 * 8, abs=40)
+    into = np.ones_like(vector)
+    elements(decode_push(message), into)
+    assert into.tobytes() == vector.tobytes()
+    # What that would make longer goes as it is, and says so.
+    full = decode_push(chunk(vector + 1, pb.ENCODING_SPARSE))
+    assert full.place.encoding == pb.ENCODING_RAW
+    elements(full, into)
+    assert into.tobytes() == (vector + 1).tobytes()
+
+
+def test_sparse_chunks_that_are_none_are_refused() -> None:
+    n = 100
+    vector: Array = np.zeros(n, np.float32)
+    vector[[3, 50]] = 1, 2
+    intake = Intake(0, 0, n, np.float32, Written("sparse", n))
+    box = intake.expect(1, 1, 0, [Node(0, 1), Node(1, 2)])
+
+    def sent(lo: int, data: bytes, encoding: pb.Encoding.ValueType) -> pb.Outcome.ValueType:
+        place = pb.Place(lease=1, lo=lo, hi=lo + 1, total=n, encoding=encoding, checksum=checksum(data))
+        return intake.take(Piece(place, memoryview(data)))[0]
+
+    good = bytes(decode_push(chunk(vector, pb.ENCODING_SPARSE)).data)
+    beyond = np.array([3, n], np.uint32).tobytes() + good[8:]
+    falling = np.array([50, 3], np.uint32).tobytes() + good[8:]
+    for wrong in (good[:-1], good[:-4], beyond, falling, good * 60):
+        assert sent(0, wrong, pb.ENCODING_SPARSE) == pb.OUTCOME_REFUSED
+    assert sent(0, vector.tobytes()[:-4], pb.ENCODING_RAW) == pb.OUTCOME_REFUSED
+    assert sent(0, good, pb.ENCODING_SPARSE) == pb.OUTCOME_UNSPECIFIED
+    assert sent(1, vector.tobytes(), pb.ENCODING_RAW) == pb.OUTCOME_COMPLETE
+    assert [row.tobytes() for row in box.vectors] == [vector.tobytes()] * 2
 
 
 @pytest.mark.parametrize("border", [0, 5, CHUNK // 4, CHUNK // 4 + 1, 10**6])
