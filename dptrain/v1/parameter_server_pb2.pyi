@@ -463,6 +463,7 @@ class WorkRequest(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     SIGN_FIELD_NUMBER: _builtins.int
     RESIDUAL_FIELD_NUMBER: _builtins.int
+    BEGUN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def membership(self) -> Global___Membership:
         """Who."""
@@ -487,6 +488,10 @@ class WorkRequest(_message.Message):
     def residual(self) -> Global___Residual:
         """What it was asked to give."""
 
+    @_builtins.property
+    def begun(self) -> Global___Begun:
+        """It is at a lease that wanted to know."""
+
     def __init__(
         self,
         *,
@@ -496,12 +501,13 @@ class WorkRequest(_message.Message):
         failure: Global___Failure | None = ...,
         sign: Global___Sign | None = ...,
         residual: Global___Residual | None = ...,
+        begun: Global___Begun | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "blocks", b"blocks", "failure", b"failure", "membership", b"membership", "residual", b"residual", "said", b"said", "sign", b"sign"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "begun", b"begun", "blocks", b"blocks", "failure", b"failure", "membership", b"membership", "residual", b"residual", "said", b"said", "sign", b"sign"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "blocks", b"blocks", "failure", b"failure", "membership", b"membership", "residual", b"residual", "said", b"said", "sign", b"sign"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "begun", b"begun", "blocks", b"blocks", "failure", b"failure", "membership", b"membership", "residual", b"residual", "said", b"said", "sign", b"sign"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_said: _TypeAlias = _typing.Literal["answer", "blocks", "failure", "sign", "residual"]  # noqa: Y015
+    _WhichOneofReturnType_said: _TypeAlias = _typing.Literal["answer", "blocks", "failure", "sign", "residual", "begun"]  # noqa: Y015
     _WhichOneofArgType_said: _TypeAlias = _typing.Literal["said", b"said"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_said) -> _WhichOneofReturnType_said | None: ...
 
@@ -666,6 +672,28 @@ class Failure(_message.Message):
 Global___Failure: _TypeAlias = Failure  # noqa: Y015
 
 @_typing.final
+class Begun(_message.Message):
+    """A worker is at a lease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    lease: _builtins.int
+    """The lease."""
+    def __init__(
+        self,
+        *,
+        lease: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Begun: _TypeAlias = Begun  # noqa: Y015
+
+@_typing.final
 class Sign(_message.Message):
     """A count that the worker's loop has raised since the last sign."""
 
@@ -755,6 +783,7 @@ class Compute(_message.Message):
     HI_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     RESIDUALS_FIELD_NUMBER: _builtins.int
+    AGAIN_FIELD_NUMBER: _builtins.int
     lease: _builtins.int
     """Its number."""
     step: _builtins.int
@@ -765,6 +794,8 @@ class Compute(_message.Message):
     """See lo."""
     weights: _builtins.int
     """Where gradients may be late: the number of steps that led to the weights. They come to this worker alone."""
+    again: _builtins.bool
+    """Somebody else was lost with some of these shards: say so before they are computed."""
     @_builtins.property
     def residuals(self) -> Global___Age:
         """Where shards keep residuals: which of them belong to this step."""
@@ -778,10 +809,11 @@ class Compute(_message.Message):
         hi: _builtins.int = ...,
         weights: _builtins.int | None = ...,
         residuals: Global___Age | None = ...,
+        again: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "residuals", b"residuals", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "hi", b"hi", "lease", b"lease", "lo", b"lo", "residuals", b"residuals", "step", b"step", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "again", b"again", "hi", b"hi", "lease", b"lease", "lo", b"lo", "residuals", b"residuals", "step", b"step", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__weights: _TypeAlias = _typing.Literal["weights"]  # noqa: Y015
     _WhichOneofArgType__weights: _TypeAlias = _typing.Literal["_weights", b"_weights"]  # noqa: Y015
@@ -801,6 +833,7 @@ class Evaluate(_message.Message):
     LO_FIELD_NUMBER: _builtins.int
     HI_FIELD_NUMBER: _builtins.int
     BEST_FIELD_NUMBER: _builtins.int
+    AGAIN_FIELD_NUMBER: _builtins.int
     lease: _builtins.int
     """Its number."""
     step: _builtins.int
@@ -813,6 +846,8 @@ class Evaluate(_message.Message):
     """See lo."""
     best: _builtins.bool
     """With the weights that are kept as the best, not those of the step."""
+    again: _builtins.bool
+    """See Compute."""
     def __init__(
         self,
         *,
@@ -822,10 +857,11 @@ class Evaluate(_message.Message):
         lo: _builtins.int = ...,
         hi: _builtins.int = ...,
         best: _builtins.bool = ...,
+        again: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "hi", b"hi", "lease", b"lease", "lo", b"lo", "part", b"part", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "best", b"best", "hi", b"hi", "lease", b"lease", "lo", b"lo", "part", b"part", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

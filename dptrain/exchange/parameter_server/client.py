@@ -320,6 +320,7 @@ class Client:
     def _computed(self, task: pb.Compute) -> Partials:
         """Raises Broken where the server is wrong about whose residuals are here."""
         compute, keeping, age = self._compute, self._compute.keeping, Age.of(task.residuals)
+        self._begun(task)
         if keeping is None:
             return compute.partials(task.step, task.lo, task.hi)
         try:
@@ -329,6 +330,11 @@ class Client:
         partials = compute.partials(task.step, task.lo, task.hi, age.updates)
         keeping.ended(age, task.step, task.lo, task.hi)
         return partials
+
+    def _begun(self, task: pb.Compute | pb.Evaluate) -> None:
+        if task.again:
+            begun = pb.WorkRequest(membership=self._membership, begun=pb.Begun(lease=task.lease))
+            self._said.queue.put(begun)
 
     def _keep(self, task: pb.WorkResponse) -> None:
         """Give a residual, or take a part of one. Raises Broken where it is not here, or damaged."""
@@ -400,6 +406,7 @@ class Client:
         with self.weights.lock:
             if not self.weights.wait((task.step, task.best)):
                 return
+            self._begun(task)
             sums = self._compute.evaluate(task.part, task.lo, task.hi, task.step)
         blocks = pb.Blocks(lease=task.lease, sums=np.ascontiguousarray(sums, "<f8").tobytes())
         self._said.queue.put(pb.WorkRequest(membership=self._membership, blocks=blocks))

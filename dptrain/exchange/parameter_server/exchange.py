@@ -99,7 +99,7 @@ class ParameterServer(Exchange):
         self._goal = Node(0, membership.shards)
         self._question: tuple[Array | None, str] = (None, "")
         self._suspects: dict[int, list[int]] = {}
-        self._suspected_at = -1
+        self._suspected_at = -1, ""
         self._boxes: dict[int, tuple[Memory, Box]] = {}
         self._sums: Array = np.zeros(size if membership.size > 1 else 0, dtype)
         """Of the others' segments."""
@@ -333,10 +333,17 @@ class ParameterServer(Exchange):
 
         def ask(grants: Sequence[Grant]) -> None:
             for some, member in grants:
-                lease = hub.lease(member, some.lo, some.hi)
+                again = self._lost_before((step, part), some)
+                lease = hub.lease(member, some.lo, some.hi, again=again)
                 some.leases.append(lease)
                 question = pb.Evaluate(
-                    lease=lease.number, step=step, part=part, lo=some.lo, hi=some.hi, best=best is not None
+                    lease=lease.number,
+                    step=step,
+                    part=part,
+                    lo=some.lo,
+                    hi=some.hi,
+                    best=best is not None,
+                    again=again,
                 )
                 hub.send(member, evaluate=question)
 
@@ -344,7 +351,7 @@ class ParameterServer(Exchange):
             return bool(found.size == (some.hi - some.lo) * width)
 
         self.phases.begin(Phase.WAITING, phase)
-        done = self._answered(step, total, ask, fits, 0)
+        done = self._answered((step, part), total, ask, fits, 0)
         self.phases.begin(Phase.EVALUATION)
         parts = []
         for some in done:
@@ -496,11 +503,12 @@ class ParameterServer(Exchange):
                 grants = self._handed_over(self._ledger, grants)
             for some, member in grants:
                 count = counts[member] = counts.get(member, 0) + 1
-                lease = hub.lease(member, some.lo, some.hi, count=count)
+                again = self._lost_before((state.step, ""), some)
+                lease = hub.lease(member, some.lo, some.hi, count=count, again=again)
                 some.leases.append(lease)
                 nodes = subtrees(some.lo, some.hi, shards)
                 boxes[lease.number] = (member, count), self.intake.expect(lease.number, member, count, nodes)
-                task = pb.Compute(lease=lease.number, step=state.step, lo=some.lo, hi=some.hi)
+                task = pb.Compute(lease=lease.number, step=state.step, lo=some.lo, hi=some.hi, again=again)
                 if self._ledger is not None and self._ledger.age is not None:
                     task.residuals.CopyFrom(self._ledger.age.said)
                 hub.send(member, compute=task)
@@ -510,7 +518,7 @@ class ParameterServer(Exchange):
 
         self.phases.begin(Phase.WAITING, "partials")
         started = time.perf_counter()
-        done = self._answered(state.step, shards, ask, fits, self.backup_workers)
+        done = self._answered((state.step, ""), shards, ask, fits, self.backup_workers)
         self.waited += time.perf_counter() - started
         self.phases.begin(Phase.EXCHANGE)
         self._computed_by = [some.answer for some in done if some.answer is not None]
@@ -544,14 +552,17 @@ class ParameterServer(Exchange):
 
     def _answered(
         self,
-        step: int,
+        at: tuple[int, str],
         total: int,
         ask: Callable[[Sequence[Grant]], None],
         fits: Callable[[Range, npt.NDArray[np.float64]], bool],
         backup: int,
     ) -> list[Range]:
-        """Have ``total`` pieces of work done by whoever is there; the ranges, in order, each with its answer."""
-        hub = self.hub
+        """Have ``total`` pieces of work done by whoever is there; the ranges, in order, each with its answer.
+
+        ``at`` is the step, and the part of the data where that is evaluated.
+        """
+        hub, (step, _) = self.hub, at
         if not total:
             return []
         self._rows: dict[int, npt.NDArray[np.float64]] = {}
@@ -582,7 +593,7 @@ class ParameterServer(Exchange):
                 for number in leases.overdue(living, heard, now, self.lease_seconds):
                     hub.lose(number, f"said nothing for {self.lease_seconds:g} s")
                 if hub.losses:
-                    self._mourn(step, open_)
+                    self._mourn(at, open_)
                     self._give_anew(ranges, ask)
                 elif not hub.members:
                     if now - alone_since > self.deadline:
@@ -727,23 +738,32 @@ class ParameterServer(Exchange):
             ranges += [grant.range for grant in grants]
             ask(grants)
 
-    def _mourn(self, step: int, open_: Sequence[leases.Lease]) -> None:
-        """Remember who is gone with which shards. Raises PoisonError where a shard's owner is the second to vanish."""
-        if self._suspected_at != step:
-            self._suspects, self._suspected_at = {}, step
+    def _mourn(self, at: tuple[int, str], open_: Sequence[leases.Lease]) -> None:
+        """Remember who is gone with which shards. Raises PoisonError where a shard's owner is the second to vanish.
+
+        The second counts where it was at the shard: of several that are gone at once, one may get the other's shards.
+        """
+        if self._suspected_at != at:
+            self._suspects, self._suspected_at = {}, at
+        step, part = at
         gone, self.hub.losses = self.hub.losses, []
         for member, why in gone:
             self._told(member, why, step)
             if why == "left":
                 continue
             for lease in open_:
-                if lease.member != member.number:
+                answered = self.hub.open.get(lease.number)
+                if lease.member != member.number or answered is None or not answered.blames:
                     continue
                 for shard in range(lease.lo, lease.hi):
                     before = self._suspects.setdefault(shard, [])
                     before.append(member.number)
                     if len(before) > 1:
-                        raise poison(shard, step, before)
+                        raise poison(shard, step, before, part)
+
+    def _lost_before(self, at: tuple[int, str], some: Range) -> bool:
+        """Whether somebody was lost with some of this before."""
+        return self._suspected_at == at and any(piece in self._suspects for piece in range(some.lo, some.hi))
 
     def _told(self, member: Member, why: str, step: int) -> None:
         self.intake.forget(member.number)
@@ -758,10 +778,10 @@ class ParameterServer(Exchange):
         )
 
 
-def poison(shard: int, step: int, lost: Sequence[int]) -> PoisonError:
-    """What ends a run in which two workers were ``lost`` with a shard."""
+def poison(shard: int, step: int, lost: Sequence[int], part: str = "") -> PoisonError:
+    """What ends a run in which two workers were ``lost`` with a shard, or with a block of the ``part`` evaluated."""
     return PoisonError(
-        f"shard {shard} at step {step}",
+        f"{f'block {shard} of {part}' if part else f'shard {shard}'} at step {step}",
         expected="its owner to live",
         found=f"that workers {lost[0]} and {lost[1]}, who had it one after the other, were lost there",
         cure="look at that shard's rows and at the model: whatever is in them ends every worker",

@@ -84,11 +84,15 @@ class Member:
 class Answered:
     """What came of one lease of a step: its tallies or sums, and at which servers its vectors are not all there yet."""
 
-    def __init__(self, lease: Lease, step: int, missing: frozenset[int]) -> None:
+    def __init__(self, lease: Lease, step: int, missing: frozenset[int], *, again: bool = False) -> None:
         self.lease, self.step = lease, step
         self.missing = set(missing)
         self.finite = True
         """Whether all that is at other servers is."""
+        self.blames = not again
+        """Whether the shards may be to blame where the member is lost. Of those that somebody was lost with before,
+        only once the member was at them: it may have been gone when it was given them.
+        """
         self.rows: npt.NDArray[np.float64] | None = None
 
     @property
@@ -160,18 +164,20 @@ class Hub:
         count: int = 0,
         step: int | None = None,
         weights: Version | None = None,
+        again: bool = False,
     ) -> Lease:
         """A new lease, open from now on; to be called with ``changed`` held.
 
         ``count`` is which of the member's leases that are not added up yet it is, where vectors are to come of it, of
         ``step`` (None: the present one). ``weights`` are handed to the member.
+        ``again``: somebody else was lost with some of this.
         """
         part = self.part
         assert part is not None
         self._lease += 1
         lease = Lease(self._lease, member, lo, hi)
         step = self.step if step is None else step
-        self.open[lease.number] = Answered(lease, step, part.owners if count else frozenset())
+        self.open[lease.number] = Answered(lease, step, part.owners if count else frozenset(), again=again)
         self.members[member].heard = time.monotonic()
         if count or weights is not None:
             granted = pb.Granted(lease=lease.number, worker=member, count=count, step=step, lo=lo, hi=hi)
@@ -366,6 +372,10 @@ class Hub:
                 self._answer(member, request.answer)
             elif said == "blocks":
                 self._blocks(member, request.blocks)
+            elif said == "begun":
+                open_ = self.open.get(request.begun.lease)
+                if open_ is not None and open_.lease.member == member.number:
+                    open_.blames = True
             elif said == "residual" and self.residuals is not None:
                 self.residuals.take(member.number, request.residual)
                 self.changed.notify_all()

@@ -132,13 +132,16 @@ class StaleParameterServer(ParameterServer):
         taken = self._places.setdefault(member, set())
         place = next(i for i in range(1, len(taken) + 2) if i not in taken)
         taken.add(place)
-        lease = self.hub.lease(member, piece.lo, piece.hi, count=place, step=piece.batch, weights=(step, False))
+        again = any((piece.batch, shard) in self._lost for shard in range(piece.lo, piece.hi))
+        lease = self.hub.lease(
+            member, piece.lo, piece.hi, count=place, step=piece.batch, weights=(step, False), again=again
+        )
         nodes = subtrees(piece.lo, piece.hi, self.membership.shards)
         box = self.intake.expect(lease.number, member, place, nodes)
         piece.version, piece.member = step, member
         self._leased[lease.number] = piece, (member, place), box
         self._busy[member] = lease
-        task = pb.Compute(lease=lease.number, step=piece.batch, lo=piece.lo, hi=piece.hi, weights=step)
+        task = pb.Compute(lease=lease.number, step=piece.batch, lo=piece.lo, hi=piece.hi, weights=step, again=again)
         self.hub.send(member, compute=task)
 
     def _evaluated(self, rows: npt.NDArray[np.float64], total: int, step: int, phase: str) -> npt.NDArray[np.float64]:
@@ -221,11 +224,13 @@ class StaleParameterServer(ParameterServer):
             self._busy.pop(member.number, None)
             self._places.pop(member.number, None)
             theirs = [number for number, (_, memory, _) in self._leased.items() if memory[0] == member.number]
+            # A member has one task at a time.
+            blames = why != "left" and all(self.hub.open[number].blames for number in theirs)
             for number in theirs:
                 del self._leased[number]
             self._abandoned += theirs
             for piece in flights.lost(member.number):
-                for shard in range(piece.lo, piece.hi) if why != "left" else ():
+                for shard in range(piece.lo, piece.hi) if blames else ():
                     before = self._lost.setdefault((piece.batch, shard), [])
                     before.append(member.number)
                     if len(before) > 1:
