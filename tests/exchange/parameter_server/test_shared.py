@@ -1,0 +1,179 @@
+"""The suite that every exchange passes, over the wire: all of its jobs and numbers of shards, held to solo's hash.
+
+Where workers of MPI come in groups and machines, here some have several processes, and there are several servers.
+"""
+
+import json
+import threading
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dptrain.exchange.parameter_server.hub import Hub, Member
+from dptrain.job.spec import Job
+from dptrain.result import Result
+from dptrain.training import run
+from dptrain.v1 import parameter_server_pb2 as pb
+from tests.exchange.jobs import DECLARED, JOBS, SHARDS, job
+from tests.exchange.parameter_server.running import Cluster
+
+SIZES = (1, 2, 3, 5, 8)
+
+SERVERS = (
+    # Servers, whether one stands by, and the processes of each worker.
+    (2, False, (1, 1)),
+    (3, True, (1, 2, 1)),
+    (1, True, (3,)),
+)
+
+CASES: list[tuple[str, int, dict[str, Any]]] = [
+    *((name, shards, {}) for name in JOBS for shards in SHARDS),
+    *((name, shards, {"gradients": gradients, "top_k": 0.05}) for name, shards, gradients in DECLARED),
+]
+
+
+def named(case: tuple[str, int, dict[str, Any]]) -> str:
+    name, shards, arithmetic = case
+    return f"{name}-{shards}-{arithmetic.get('gradients', 'plain')}"
+
+
+def of(case: tuple[str, int, dict[str, Any]], **changes: Any) -> Job:
+    name, shards, arithmetic = case
+    return job(name, shards, arithmetic=arithmetic, **changes)
+
+
+@pytest.fixture(scope="module")
+def solo(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The result of a case in one process."""
+
+    @cache
+    def result(number: int) -> Result:
+        return run(of(CASES[number]), run_dir=tmp_path_factory.mktemp("solo") / "run")
+
+    return result
+
+
+def same(result: Result, truth: Result) -> None:
+    for key in ("weights_sha256", "metrics", "loss", "job_sha256", "steps", "fingerprint"):
+        assert getattr(result, key) == getattr(truth, key), key
+    assert result.same_bits
+    assert result.exchange == "ps"
+
+
+def was_shared(result: Result, shards: int, workers: int) -> None:
+    """Each shard was computed once a step, in even parts, by workers alone."""
+    servers = [one["shards_computed"] for one in result.per_worker if "machine" in one]
+    computed = [one["shards_computed"] for one in result.per_worker if "machine" not in one]
+    owners = min(workers, shards)
+    assert not any(servers)
+    assert sum(computed) == shards * result.steps
+    assert max(computed) <= -(-shards // owners) * result.steps
+    assert [count == 0 for count in computed] == [number >= owners for number in range(workers)]
+
+
+class All:
+    """An observer that lets training begin when so many workers have come."""
+
+    def __init__(self, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._there = threading.Semaphore(0)
+        self._workers = workers
+        tasks = Hub.tasks
+
+        def noted(hub: Hub, member: Member) -> Iterator[pb.WorkResponse]:
+            found = tasks(hub, member)
+            with hub.changed:
+                member.working = True
+            self._there.release()
+            return found
+
+        monkeypatch.setattr(Hub, "tasks", noted)
+
+    def started(self, info: object) -> None:
+        for _ in range(self._workers):
+            assert self._there.acquire(timeout=60)
+
+    def progressed(self, line: object) -> None: ...
+
+    def warned(self, text: str) -> None: ...
+
+    def recovered(self, recovery: object) -> None: ...
+
+    def finished(self, result: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def left_only_a_run(folder: Path) -> None:
+    left = sorted(path.name for path in folder.iterdir())
+    assert [name for name in left if not name.startswith("events.out.tfevents.")] == [
+        "checkpoints",
+        "encoding.json",
+        "job.toml",
+        "journal.jsonl",
+        "result.json",
+        "weights.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("workers", SIZES)
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[named(case) for case in CASES])
+def test_every_number_of_workers_gives_the_bits_of_solo(
+    number: int, workers: int, solo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(of(CASES[number]), tmp_path)
+    result = cluster.train(workers, observer=All(workers, monkeypatch))
+    same(result, solo(number))
+    assert cluster.codes == [0] * workers
+    was_shared(result, CASES[number][1], workers)
+    left_only_a_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("servers", "standby", "processes"), SERVERS)
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[named(case) for case in CASES])
+def test_several_servers_and_processes_give_the_bits_of_solo(
+    number: int,
+    servers: int,
+    standby: bool,
+    processes: tuple[int, ...],
+    solo: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = Cluster(of(CASES[number]), tmp_path, servers, standby=standby)
+
+    def ready() -> None:
+        for count in processes:
+            cluster.worker(processes=count)
+
+    result = cluster.train(ready=ready, observer=All(len(processes), monkeypatch))
+    same(result, solo(number))
+    for other in cluster.others:
+        assert isinstance(other, Result), other
+        same(other, solo(number))
+    assert cluster.codes == [0] * len(processes)
+    was_shared(result, CASES[number][1], len(processes))
+
+
+def test_a_run_goes_on_under_other_workers_and_exchanges(tmp_path: Path) -> None:
+    """Begun by three workers of a server, gone on with by one alone, by five of two servers, and alone again."""
+    constant = {"schedule": {"type": "step", "step_size": 5}}
+
+    def until(steps: int) -> Job:
+        train = {"steps": steps, "evaluate_steps": 1, "stop": {"patience": 99}}
+        return job("mlp", 8, train=train, optimizer=constant)
+
+    straight = run(until(15), run_dir=tmp_path / "straight")
+    here = tmp_path / "run"
+    first = Cluster(until(4), tmp_path).train(3)
+    run(until(6), run_dir=here, resume=True)
+    third = Cluster(until(11), tmp_path, 2).train(5, resume=True)
+    last = run(until(15), run_dir=here, resume=True)
+    assert [first.attempt, third.attempt, last.attempt] == [1, 3, 4]
+    assert last.weights_sha256 == straight.weights_sha256
+    assert last.metrics == straight.metrics
+    assert third.weights_sha256 != straight.weights_sha256
+    result = json.loads((here / "result.json").read_text())
+    assert result["exchange"] == "solo"
