@@ -18,7 +18,7 @@ from pathlib import Path
 from dptrain.phases import Phase
 from tests.faults.fault import Fault, Outcome, Tally, mixed, perform
 
-WEIGHTS = {"process": 4, "series": 2, "hang": 2, "network": 1, "servers": 1, "storage": 3, "data": 1}
+WEIGHTS = {"process": 4, "series": 2, "hang": 2, "network": 1, "servers": 1, "stale": 1, "storage": 3, "data": 1}
 """The kinds, each a module of this package with ``faults(seed)``, and how often each comes."""
 
 FARTHEST = 100_000

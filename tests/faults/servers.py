@@ -55,11 +55,9 @@ def strike(folder: Path, *, seed: int, servers: int, standby: bool) -> Outcome:
     asked += ["--standby"] if standby else []
     asked += ["--set", f"exchange.lease_seconds={LEASE}", "--set", f"exchange.host_sum={rng.choice(('true', 'false'))}"]
     run = Run(place, place.start([*PROGRAM, "run", "job.toml", "--run-dir", "run", "--progress", "none", *asked]), rng)
-    steps = sorted(rng.sample(range(5, STEPS - 100), rng.randrange(1, 6)))
-    struck = [what for step in steps if run.reaches(step) and (what := run.strike(rng.choice(STRIKES)))]
+    first, *more = run.struck()
     ended = place.ended(run.command, 240)
     run.dismiss()
-    first, *more = struck or ["before training"]
     outcome = judge(place, ended, folder / "run", truth, phase=first)
     return Outcome(outcome.verdict, first, None, outcome.note, tuple((what, None) for what in more))
 
@@ -70,6 +68,13 @@ class Run:
     def __init__(self, place: Surroundings, command: Command, rng: random.Random) -> None:
         self.place, self.command, self.rng = place, command, rng
         self._joined: list[Command] = []
+
+    def struck(self) -> list[str]:
+        """Strike now and then; what was done."""
+        rng = self.rng
+        steps = sorted(rng.sample(range(5, STEPS - 100), rng.randrange(1, 6)))
+        done = [what for step in steps if self.reaches(step) and (what := self.strike(rng.choice(STRIKES)))]
+        return done or ["before training"]
 
     def reaches(self, step: int) -> bool:
         """Whether it comes to a step before it ends."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dptrain.launch import library
-from tests.faults import data, hang, network, process, series, servers, storage
+from tests.faults import data, hang, network, process, series, servers, stale, storage
 from tests.faults.fault import Fault, perform
 
 SEED = 4
@@ -19,6 +19,7 @@ KINDS = {
     "series": (series.faults, 1 if SURVIVES else 0),
     "hang": (hang.faults, 3 if SURVIVES else 1),
     "servers": (servers.faults, 0 if SURVIVES else 2),
+    "stale": (stale.faults, 0 if SURVIVES else 2),
     "network": (network.faults, len(network.WHAT) if SURVIVES else 1),
 }
 """So many of each kind as take some three minutes together; where deaths are not survived, each is a restart. Servers
