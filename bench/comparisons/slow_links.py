@@ -1,4 +1,4 @@
-"""What gradients of 16 bits save where links are slow: a parameter server, two workers, each behind its own link."""
+"""What gradients of fewer bytes save where links are slow: a server, two workers, each behind its own link."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ STEPS = 25
 STEPS_TO_JUDGE = 400
 """After which accuracy is compared, in one process, which gives the same bits."""
 
-BYTES = {"auto": (4, 4), "bfloat16": (2, 4)}
-"""Of an element's way to the server and back."""
+BYTES = {"auto": (4, 4), "bfloat16": (2, 4), "top_k": (8 * linked.TOP_K, 4)}
+"""Of an element's way to the server and back; each of two workers has one shard."""
 
-NAMES = {"auto": "float32"}
+NAMES = {"auto": "float32", "top_k": f"top_k, {linked.TOP_K:g} of each tensor"}
 
 
 def main(options: Options) -> None:

@@ -22,6 +22,9 @@ PORT = 7011
 TEST = 0.25
 """Share of the rows that accuracy is of."""
 
+TOP_K = 0.05
+"""Share of each tensor's elements that top_k sends at once."""
+
 
 def train(work: Workload, gradients: str, rate: str) -> Found:
     """Train over links of that rate, one for each worker, with tokens and TLS. Raises NotRun."""
@@ -58,7 +61,7 @@ def alone(work: Workload, gradients: str) -> Found:
 
 def _write(work: Workload, gradients: str, folder: Path) -> None:
     content = ours.content(work, work.workers, "ps")
-    content["arithmetic"]["gradients"] = gradients
+    content["arithmetic"] |= {"gradients": gradients, "top_k": TOP_K}
     content["data"]["test"] = TEST
     content["output"]["journal_steps"] = 1
     (folder / "job.toml").write_text(tomli_w.dumps(content))
