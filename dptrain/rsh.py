@@ -40,6 +40,8 @@ PATIENCE = 8.0
 _AGAIN = 0.1
 _LOOK = re.compile(r"test -e (?P<path>.+) \|\| exit 42")
 _EXPORT = re.compile(r"\w+=[^;]*;\s*export \w+;")
+_PROFILE = re.compile(r"\( test ! -r \./\.profile \|\| \. \./\.profile;(?P<line>.*)\)", re.DOTALL)
+"""What Open MPI puts around a line for whose login shell is sh."""
 
 
 def parsed(line: str) -> dict[str, object] | None:
@@ -52,7 +54,8 @@ def parsed(line: str) -> dict[str, object] | None:
         if look is not None:
             (path,) = shlex.split(look["path"])
             return {"look": path}
-        words = shlex.split(_EXPORT.sub("", line))
+        profile = _PROFILE.fullmatch(line)
+        words = shlex.split(_EXPORT.sub("", line if profile is None else profile["line"]))
     except ValueError:
         return None
     if words[:2] == ["dptrain", "worker"]:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,9 @@ def agent(
     server: Server = None,
     slots: Annotated[int, typer.Option("--slots", metavar="N", help="How many workers this machine takes.")] = 1,
     name: Annotated[str, typer.Option("--name", help="Of this node. Default: the host's.")] = "",
+    ready: Annotated[
+        Path | None, typer.Option("--ready", metavar="FILE", help="Exists while it takes part: for health checks.")
+    ] = None,
     token_file: TokenFile = None,
     tls_ca: access.TlsCa = None,
 ) -> None:
@@ -34,9 +38,24 @@ def agent(
     tls = None if tls_ca is None else ClientTls(tls_ca)
     handler = log.begin(sys.stderr)
     try:
-        agent.Agent(said, place, Calling(known.token(place, token_file, os.environ), tls), Patience()).run()
+        calling = Calling(known.token(place, token_file, os.environ), tls)
+        agent.Agent(said, place, calling, Patience(), ready).run()
     finally:
         handler.close()
+
+
+def health(server: Server = None, token_file: TokenFile = None, tls_ca: access.TlsCa = None) -> None:
+    """Ask a server whether it serves (grpc.health.v1): exit code 0 if so, 3 if not. Any token will do."""
+    from dptrain.service import known
+    from dptrain.service.client import DEFAULT_SERVER
+    from dptrain.wire import address
+    from dptrain.wire.health import ask
+    from dptrain.wire.security import Calling, ClientTls
+
+    place = address.parse(server or DEFAULT_SERVER)
+    tls = None if tls_ca is None else ClientTls(tls_ca)
+    ask(place, Calling(known.token(place, token_file, os.environ), tls))
+    print(f"{place} serves")
 
 
 @nodes.callback(epilog="Example: [bold]dptrain nodes drain node-3[/]")
@@ -82,4 +101,5 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     epilog = "Example: [bold]dptrain agent --server coordinator:7077 --slots 4[/]"
     app.command(rich_help_panel="Service", epilog=epilog)(agent)
+    app.command(rich_help_panel="Service", epilog="Example: [bold]dptrain health && dptrain submit job.toml[/]")(health)
     app.add_typer(nodes, name="nodes", rich_help_panel="Service")

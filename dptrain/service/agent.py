@@ -15,12 +15,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
 
 import grpc
 
 from dptrain import arithmetic
-from dptrain.errors import BusyError, DptrainError, UnreachableError, UsageError
+from dptrain.errors import BusyError, DptrainError, StorageError, UnreachableError, UsageError
 from dptrain.service import log
 from dptrain.service.daemons import Daemons
 from dptrain.service.model import MOST_WORKERS
@@ -66,10 +67,16 @@ def registration(name: str, slots: int, server: Address) -> pb.Registration:
 
 
 class Agent:
-    """Takes part as registered until it is asked to stop; call ``run`` from the main thread."""
+    """Takes part as registered until it is asked to stop; call ``run`` from the main thread.
 
-    def __init__(self, said: pb.Registration, server: Address, calling: Calling, patience: Patience) -> None:
+    A file ``ready`` is there while it takes part. Raises StorageError where it can't be.
+    """
+
+    def __init__(
+        self, said: pb.Registration, server: Address, calling: Calling, patience: Patience, ready: Path | None = None
+    ) -> None:
         self._registration, self._server, self._calling, self._patience = said, server, calling, patience
+        self._ready = _Ready(ready)
         self._asked = threading.Event()
         self._stream: _Stream | None = None
 
@@ -96,13 +103,15 @@ class Agent:
         """One connection, from its beginning to its end; True where it was cut off without a word."""
         with contextlib.closing(connect(self._server, self._calling, patience=self._patience)) as channel:
             agree(channel, self._server, self._patience)
-            self._stream = stream = _Stream(channel, self._registration, self._server, self._calling.tls)
+            tls = self._calling.tls
+            self._stream = stream = _Stream(channel, self._registration, self._server, tls, self._ready)
             if self._asked.is_set():
                 return False
             try:
                 stream.go()
             finally:
                 self._stream = None
+                self._ready.say(False)
                 stream.end()
                 # Nobody may write any more who is not led by the server.
                 stream.daemons.close()
@@ -118,9 +127,11 @@ class Agent:
 class _Stream:
     """One stream to the server."""
 
-    def __init__(self, channel: grpc.Channel, said: pb.Registration, server: Address, tls: ClientTls | None) -> None:
+    def __init__(
+        self, channel: grpc.Channel, said: pb.Registration, server: Address, tls: ClientTls | None, ready: "_Ready"
+    ) -> None:
         self._stub, self._server = agent_service_pb2_grpc.AgentServiceStub(channel), server
-        self._registration = said
+        self._registration, self._ready = said, ready
         self._said: queue.SimpleQueue[pb.ServeRequest | None] = queue.SimpleQueue()
         self._said.put(pb.ServeRequest(registration=said))
         self._ended = threading.Event()
@@ -173,6 +184,7 @@ class _Stream:
         if kind == "welcome":
             name, slots = self._registration.name, self._registration.slots
             log.tell("takes part", node=name, slots=slots, server=str(self._server))
+            self._ready.say(True)
             seconds = message.welcome.health_seconds
             threading.Thread(target=self._report, args=(seconds,), name="health", daemon=True).start()
         elif kind == "drain":
@@ -194,6 +206,31 @@ class _Stream:
             self._said.put(pb.ServeRequest(health=pb.Health(free_memory_bytes=free, load=os.getloadavg()[0])))
             if self._ended.wait(seconds):
                 return
+
+
+class _Ready:
+    """A file that is there while its agent takes part; none of one before is left."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.say(False)
+
+    def say(self, ready: bool) -> None:
+        """Make it or remove it. Raises StorageError."""
+        if self._path is None:
+            return
+        try:
+            if ready:
+                self._path.touch()
+            else:
+                self._path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"--ready {self._path}",
+                expected="a file that can be made and removed",
+                found=error.strerror or str(error),
+                cure="choose another",
+            ) from None
 
 
 def _reached_from(server: Address) -> str:

@@ -15,7 +15,9 @@ from dptrain.wire.address import Address
 
 
 def path_of(address: Address, environ: Mapping[str, str]) -> Path:
-    """Where the token of the server at an address is kept."""
+    """Where the token of the server at an address is kept; a server of all addresses is called by this machine's."""
+    if address.host in ("0.0.0.0", "::"):
+        address = Address("127.0.0.1", address.port)
     home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".config")
     name = re.sub(r"[^A-Za-z0-9.-]", "_", str(address))
     return Path(home) / "dptrain" / "servers" / f"{name}.token"

@@ -2,11 +2,19 @@
 goes away before it is asked for its first status.
 """
 
+import contextlib
 import threading
 from collections.abc import Iterator
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from dptrain.errors import UnreachableError
+from dptrain.wire.address import Address
+from dptrain.wire.channel import connect
+from dptrain.wire.limits import Patience
+from dptrain.wire.security import Calling
+from dptrain.wire.statuses import told
 
 _Status = health_pb2.HealthCheckResponse
 
@@ -67,3 +75,18 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         if service:
             return _Status(status=_Status.SERVICE_UNKNOWN)
         return _Status(status=_Status.SERVING if self._serving else _Status.NOT_SERVING)
+
+
+def ask(address: Address, calling: Calling, patience: Patience | None = None) -> None:
+    """Return where a server serves. Raises UnreachableError where it doesn't, RefusedError."""
+    patience = patience or Patience()
+    with contextlib.closing(connect(address, calling, patience=patience)) as channel, told(address):
+        stub = health_pb2_grpc.HealthStub(channel)
+        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=patience.connect_seconds)
+    if answer.status != _Status.SERVING:
+        raise UnreachableError(
+            f"server {address}",
+            expected="to serve",
+            found=_Status.ServingStatus.Name(answer.status),
+            cure="it starts or stops; ask again",
+        )

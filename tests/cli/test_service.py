@@ -137,6 +137,21 @@ def test_bad_input_is_code_2(dptrain: Run, tmp_path: Path) -> None:
     assert dptrain("jobs", "-a", "-o", "json").stdout.strip() == "[]"
 
 
+@pytest.mark.usefixtures("served")
+def test_health_is_told_to_whoever_has_a_token(dptrain: Run, tmp_path: Path) -> None:
+    tokens = ["--tokens", "data/tokens.json", "--out", "node.token"]
+    assert dptrain("token", "create", "node", "--role", "worker", *tokens).returncode == 0
+    done = dptrain("health", "--token-file", "node.token")
+    assert (done.returncode, done.stdout) == (0, f"unix:{tmp_path / 's'} serves\n")
+    assert dptrain("health", DPTRAIN_TOKEN="dptrain_no-such").returncode == 2
+
+
+def test_no_server_has_no_health(dptrain: Run) -> None:
+    done = dptrain("health")
+    assert done.returncode == 3
+    assert "see whether it runs" in done.stderr
+
+
 def test_no_server_is_code_3(dptrain: Run) -> None:
     done = dptrain("jobs")
     assert done.returncode == 3

@@ -36,6 +36,7 @@ from dptrain.wire.channel import connect
 from dptrain.wire.security import Calling
 from dptrain.wire.statuses import told
 from dptrain.wire.tokens import Role, TokenFile
+from tests.faults.live import until
 
 Started = Callable[..., "subprocess.Popen[str]"]
 
@@ -193,6 +194,28 @@ def test_an_agent_takes_part_is_drained_is_lost_and_comes_back(
         client.drain("a")
 
 
+def test_a_file_says_whether_an_agent_takes_part(
+    client: Client, start: Started, server: JobServer, tmp_path: Path
+) -> None:
+    ready = tmp_path / "ready"
+    ready.touch()
+    start("--name", "a")
+    become(client, "a", cluster_service_pb2.NODE_STATE_READY)
+    refused = start("--name", "a", "--ready", str(ready))
+    assert refused.wait(30) == 2
+    assert not ready.exists()
+    agent = start("--name", "b", "--ready", str(ready))
+    become(client, "b", cluster_service_pb2.NODE_STATE_READY)
+    assert until(ready.exists, 30)
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait(30) == 0
+    assert not ready.exists()
+    nowhere = start("--name", "b", "--ready", str(tmp_path / "no" / "such"))
+    assert nowhere.wait(30) == 2
+    assert nowhere.stderr is not None
+    assert "--ready" in nowhere.stderr.read()
+
+
 @pytest.mark.parametrize("slots", ["0", "1000000", "-1"])
 def test_slots_that_can_t_be(start: Started, slots: str) -> None:
     agent = start("--slots", slots)
@@ -258,6 +281,11 @@ def test_as_few_nodes_as_can_be(workers: int, free: dict[str, int], placed: dict
     ("line", "asked"),
     [
         ('A=/x:$A;export A;/opt/bin/prted --prtemca ess "env"', ("prted", ["--prtemca", "ess", "env"])),
+        (
+            '( test ! -r ./.profile || . ./.profile; A=/x:$A;export A;/opt/bin/prted --prtemca ess "env" )',
+            ("prted", ["--prtemca", "ess", "env"]),
+        ),
+        ("( test ! -r ./.profile || . ./.profile; id )", None),
         ('"/opt/bin/hydra_pmi_proxy" --proxy-id 0', ("hydra_pmi_proxy", ["--proxy-id", "0"])),
         ("test -e '/a b/.dptrain-seen-1' || exit 42", "/a b/.dptrain-seen-1"),
         ("dptrain worker --port 7 --processes 2", {"port": 7, "processes": 2}),
