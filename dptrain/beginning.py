@@ -10,6 +10,7 @@ from dptrain.checkpoint import Snapshot
 from dptrain.errors import CheckpointError, ModelError
 from dptrain.job.digest import JobDigest
 from dptrain.job.load import to_toml
+from dptrain.job.located import lent, located
 from dptrain.job.spec import Job, needs_validation
 from dptrain.layout import Array, Layout
 
@@ -29,7 +30,7 @@ def echo(path: Path, job: Job, encoding: Mapping[str, Any]) -> None:
     rundir.write_text(path / rundir.JOB, to_toml(_absolute(job)))
     rundir.write_json(path / rundir.ENCODING, encoding)
     if job.model.python:
-        source = Path(job.directory) / job.model.python.rpartition(":")[0]
+        source = Path(job.directory) / located(job).model.python.rpartition(":")[0]
         rundir.write_text(path / rundir.MODEL_SOURCE, rundir.read_text(source))
 
 
@@ -108,7 +109,7 @@ def _absolute(job: Job) -> Job:
     base = Path(job.directory).resolve()
 
     def moved(path: str) -> str:
-        return str(base / path) if path and (base / path).exists() else path
+        return str(base / path) if path and (lent(job, path) or (base / path).exists()) else path
 
     parts: dict[str, Any] = {
         name: moved(value) if isinstance(value, str) else value

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from dptrain.afar import FarPath
 from dptrain.errors import CheckpointError, DptrainError, StorageError
 from dptrain.layout import Array, Layout, digest
 from dptrain.state import Judgement, State
@@ -94,13 +95,13 @@ def save(folder: Path, snapshot: Snapshot, layout: Layout) -> Path:
         target, aside = folder / name, folder / f"{name}{_ASIDE}"
         if target.exists():
             # Under this name it is still a generation, should the next rename never come.
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             target.rename(aside)
         writing.rename(target)
         flush_folder(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
     except OSError as error:
-        shutil.rmtree(writing, ignore_errors=True)
+        _remove(writing)
         raise StorageError(
             f"checkpoint {folder / name}",
             expected="to be written",
@@ -139,7 +140,7 @@ def prune(folder: Path, keep: int, trusted: int | None = None) -> None:
         removing = _unfinished(old)
         with contextlib.suppress(OSError):
             old.rename(removing)
-            shutil.rmtree(removing, ignore_errors=True)
+            _remove(removing)
 
 
 def generations(folder: Path) -> list[Path]:
@@ -162,13 +163,13 @@ def clean(folder: Path) -> None:
         if entry.name.endswith(_ASIDE) and entry.is_dir():
             with contextlib.suppress(OSError):
                 if entry.with_suffix("").exists():
-                    shutil.rmtree(entry)
+                    _removed(entry)
                 else:
                     entry.rename(entry.with_suffix(""))
         elif entry.name.startswith(_UNFINISHED):
             with contextlib.suppress(OSError):
                 if entry.is_dir():
-                    shutil.rmtree(entry)
+                    _removed(entry)
                 else:
                     entry.unlink()
 
@@ -179,7 +180,7 @@ def read(generation: Path, layout: Layout | None = None) -> Snapshot:
     if layout is not None and manifest["layout"] != layout.describe():
         raise _broken(generation, "the tensors of this job's model", "others", "resume with the job it was made by")
     try:
-        content = np.fromfile(generation / STATE, np.uint8)
+        content = _content(generation / STATE)
     except OSError as error:
         raise _broken(generation, f"a readable {STATE}", error.strerror or str(error)) from None
     start, tensors = manifest["header_bytes"], manifest["tensors"]
@@ -258,7 +259,7 @@ def newest(folder: Path, accept: Callable[[Path], Snapshot], warn: Callable[[str
 def set_aside(generation: Path) -> None:
     """Let it be a generation no more, and keep what it holds. Raises OSError."""
     target = generation.with_name(f"broken-{generation.name}")
-    shutil.rmtree(target, ignore_errors=True)
+    _remove(target)
     generation.rename(target)
 
 
@@ -341,6 +342,9 @@ def write_durably(path: Path, content: bytes) -> None:
 
 def flush_folder(folder: Path) -> None:
     """Make renames within a folder survive a crash of the machine."""
+    if isinstance(folder, FarPath):
+        # There each is made so before it is answered.
+        return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -391,6 +395,9 @@ def _replace(path: Path, pieces: Sequence[bytes | Array]) -> None:
 def _write(path: Path, pieces: Sequence[bytes | Array]) -> None:
     """Create a file, its room reserved first; when it returns, the disk is known to hold it. Raises OSError."""
     views = [np.frombuffer(piece, np.uint8) if isinstance(piece, bytes) else piece.view(np.uint8) for piece in pieces]
+    if isinstance(path, FarPath):
+        path.write_whole([view.data for view in views])
+        return
     with path.open("xb+", buffering=0) as file:
         handle = file.fileno()
         total = sum(len(view) for view in views)
@@ -404,6 +411,30 @@ def _write(path: Path, pieces: Sequence[bytes | Array]) -> None:
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         if not _holds(handle, views):
             raise OSError(f"{path.name} reads back differently from what was written")
+
+
+def _content(path: Path) -> Array:
+    """A file's bytes. Raises OSError."""
+    if isinstance(path, FarPath):
+        return np.frombuffer(path.read_bytes(), np.uint8)
+    return np.fromfile(path, np.uint8)
+
+
+def _removed(folder: Path) -> None:
+    """Remove a folder with all that is in it. Raises OSError."""
+    if isinstance(folder, FarPath):
+        folder.remove()
+    else:
+        shutil.rmtree(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder as far as that can be."""
+    with contextlib.suppress(OSError):
+        if isinstance(folder, FarPath):
+            folder.remove()
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _holds(handle: int, views: Sequence[Array]) -> bool:

@@ -5,19 +5,20 @@ Every worker keeps the books; the chief's go to disk. So any other can take over
 
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dptrain.afar import UNSENT
 from dptrain.arrivals import Arrival
 from dptrain.checkpoint import Snapshot, Writer
 from dptrain.errors import StorageError
 from dptrain.exchange.verdict import Verdict
 from dptrain.job.spec import Output
-from dptrain.journal import Journal
+from dptrain.journal import Journal, attempt_of, read_all
 from dptrain.layout import Array
 from dptrain.membership import Membership
 from dptrain.phases import NAMES, Phase, Phases
@@ -30,6 +31,8 @@ from dptrain.watch import Observer, Unwatched
 
 _LINES = 300
 _LONGEST_SILENCE = 1.0
+_KEPT = 2 * UNSENT
+"""Of the newest lines: what the chief had not yet written when it died, or what had not reached the disk."""
 
 
 class Chronicle:
@@ -72,6 +75,7 @@ class Chronicle:
         self._started = self._last_line = self._last_checkpoint = time.perf_counter()
         self._checkpointed = -1
         self._lag: list[tuple[Journal, dict[str, Any]]] = []
+        self._lines: deque[dict[str, Any]] = deque(maxlen=_KEPT)
         self._compute: tuple[float, ...] = ()
         self._wait: tuple[float, ...] = ()
         self._norm: float | None = None
@@ -85,9 +89,20 @@ class Chronicle:
         """From now on this worker is the chief."""
         self.journal, self.writer, self.observer, self.scalars = journal, writer, observer, scalars
         self._last_checkpoint = time.perf_counter()
+        self._write_missing(journal)
         if self._newest is not None:
             # Who led before may have died before it wrote this.
             self._keep(*self._newest)
+
+    def _write_missing(self, journal: Journal) -> None:
+        """Who led before may have died before it wrote the newest lines."""
+        if not self._lines:
+            return
+        steps = [line for line in read_all(journal.path) if "step" in line and "event" not in line]
+        written = max((line["step"] for line in steps if attempt_of(line) == journal.attempt), default=0)
+        for line in self._lines:
+            if line["step"] > written:
+                self._append(journal, line)
 
     def renew(self, membership: Membership, kept: Sequence[int]) -> None:
         """Go on with another membership, in which those are left that had the ranks ``kept``."""
@@ -165,6 +180,7 @@ class Chronicle:
     def restore(self, manifest: Mapping[str, Any], best: Array | None) -> None:
         """Go on from a snapshot of this chronicle's."""
         self._clear()
+        self._lines.clear()
         self._checkpointed = -1
         self.best = best
         self.epoch_loss, *self._epoch = manifest["epoch_loss"]
@@ -233,6 +249,7 @@ class Chronicle:
         line.update(more)
         self._last_line = now
         self._clear()
+        self._lines.append(line)
         self._write(line)
         self.observer.progressed(line)
 

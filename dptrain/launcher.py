@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from dptrain import scratch, supervision
 from dptrain.launch import announced
+from dptrain.lending import Loan
 from dptrain.processes import children, process
 
 REAPED = 10.0
@@ -45,13 +46,15 @@ _PR_SET_CHILD_SUBREAPER = 36
 class Start(NamedTuple):
     """The command line and environment of a launcher, and how many workers it starts on this machine.
 
-    ``far``: they are on several hosts, so that nothing is known of them but what they tell.
+    ``far``: they are on several hosts, so that nothing is known of them but what they tell; ``loan`` is what is lent
+    them where those see no folder of this machine. It ends with the launch.
     """
 
     line: Sequence[str]
     env: Mapping[str, str]
     workers: int
     far: bool = False
+    loan: Loan | None = None
 
 
 class Outcome(NamedTuple):
@@ -112,12 +115,18 @@ class Launcher:
 
     def launch(self, start: Start) -> Outcome:
         """Start a launcher and wait for its end; afterwards no process of it is left."""
+        with contextlib.nullcontext() if start.loan is None else contextlib.closing(start.loan):
+            return self._launch(start)
+
+    def _launch(self, start: Start) -> Outcome:
         for name in (supervision.RUN, supervision.FAILURE, supervision.ENDED, supervision.LOST):
             (self._folder / name).unlink(missing_ok=True)
         env = {**self._places(), **start.env, supervision.FOLDER: str(self._folder)}
         if start.far:
             # The launcher's own; each host's daemon keeps its files where that host does.
             env["TMPDIR"] = str(self._folder)
+        if start.loan is not None:
+            env |= start.loan.begin(self._folder)
         ours = os.getpid()
         # A process group of its own: Ctrl-C in a terminal reaches mpirun once, through here.
         with subprocess.Popen(

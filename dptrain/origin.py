@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dptrain import checkpoint
+from dptrain import afar, checkpoint
 from dptrain.corruption import checkpoints_up_to
 from dptrain.errors import CheckpointError
 from dptrain.exchange.communicator import Communicator
+from dptrain.job.located import located
 from dptrain.job.spec import Job
 from dptrain.layout import Array, digest
 from dptrain.parts import Parts
@@ -52,7 +53,7 @@ class Origin:
     def begin(self) -> State:
         """The run directory and the state to start from, the same on all workers."""
         opened = together(self.communicator, "opening the run directory", self._open)
-        self.run_dir = Path(self.communicator.broadcast_json(opened, "opening the run directory"))
+        self.run_dir = afar.place(self.communicator.broadcast_json(opened, "opening the run directory"))
         np.copyto(self.parts.exchange.store.weights(0), self.parts.start)
         self.start_digest = digest(self.parts.start) if self.job.model.init_from else ""
         del self.parts.start
@@ -75,8 +76,9 @@ class Origin:
     def _open(self) -> str | None:
         if not self._chief:
             return None
-        from dptrain import beginning
+        from dptrain import beginning, rundir
 
+        rundir.take_over()
         return str(beginning.directory(self.job, self.wanted_dir, resume=self.resume))
 
     def _restore(self) -> "Snapshot | None":
@@ -146,7 +148,7 @@ class Origin:
         if self.start_digest:
             from dptrain import beginning
 
-            np.copyto(weights, beginning.warm_start(self.job, self.parts.assembly.model.layout))
+            np.copyto(weights, beginning.warm_start(located(self.job), self.parts.assembly.model.layout))
             if digest(weights) != self.start_digest:
                 raise CheckpointError(
                     f"model.init_from = {self.job.model.init_from!r}",

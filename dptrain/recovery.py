@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dptrain import afar, rundir
 from dptrain.arrivals import arrival
 from dptrain.chronicle import Chronicle
 from dptrain.corruption import Auditor
@@ -65,6 +66,9 @@ class Recovery:
         self.auditor.heard([word["audit"] for word in words])
         self._look_for_poison(newest["step"] + 1, died, before)
         worker.renew(self.meeting.renew())
+        afar.renew(len(self.log) + 1, communicator.members[0])
+        if communicator.rank == 0:
+            worker.try_to_watch(rundir.take_over)
         leads = communicator.rank == 0 and self.chronicle.journal is None
         if leads:
             worker.try_to_watch(self.lead)

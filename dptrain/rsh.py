@@ -1,8 +1,8 @@
 """``dptrain-rsh HOST COMMAND``: what a launcher starts instead of ssh where nodes are those of agents.
 
 It hands the command over to the server, whose folder DPTRAIN_NODES names, and ends with the command's code. The server
-hands it on to the node's agent. Known are Open MPI's daemon, MPICH's proxy, a worker of a parameter server, and the
-question whether a folder is seen. Imports are few: a launcher waits for it.
+hands it on to the node's agent. Known are Open MPI's daemon, MPICH's proxy, a worker of a parameter server, the
+question whether a folder is seen, and that the files of a launch be brought. Imports are few: a launcher waits for it.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
+
+from dptrain.afar import TICKET
 
 NODES = "DPTRAIN_NODES"
 """Of the environment: names the folder of the server whose nodes are meant."""
@@ -58,6 +60,8 @@ def parsed(line: str) -> dict[str, object] | None:
         words = shlex.split(_EXPORT.sub("", line if profile is None else profile["line"]))
     except ValueError:
         return None
+    if words == ["dptrain", "bring"]:
+        return {"bring": True}
     if words[:2] == ["dptrain", "worker"]:
         said = dict(zip(words[2::2], words[3::2], strict=False))
         try:
@@ -104,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         if not _reach(server, folder):
             return _fail(f"server of {folder}: expected an answer, found none within {PATIENCE:g} s; is it running?")
+        if TICKET in os.environ and ("program" in asked or "bring" in asked):
+            asked["ticket"] = os.environ[TICKET]
         if "port" in asked:
             # Not on a command line, which every user of a machine can read.
             asked["token"] = os.environ.get("DPTRAIN_TOKEN", "")

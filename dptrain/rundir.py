@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dptrain import afar
+from dptrain.afar import FarPath
 from dptrain.checkpoint import write_durably
 from dptrain.errors import StorageError, UsageError
 
@@ -30,7 +32,11 @@ def fresh(runs: Path, name: str) -> Path:
 def make(path: Path) -> bool:
     """Create a directory; False if it was there already. Raises StorageError where that can't be."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(path, FarPath):
+            if path.exists():
+                return False
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir()
     except FileExistsError:
         return False
@@ -57,11 +63,24 @@ def claim(path: Path, *, resume: bool) -> Path:
             found=f"{left} of an earlier one",
             cure="go on with --resume, or choose another --run-dir",
         )
-    if not os.access(path, os.W_OK):
+    if not isinstance(path, FarPath) and not os.access(path, os.W_OK):
         raise StorageError(
             f"run directory {path}", expected="leave to write", found="none", cure="choose another with --run-dir"
         )
     return path
+
+
+def take_over() -> None:
+    """Have nobody write to a run directory on the supervisor's machine but this side. Raises StorageError."""
+    try:
+        afar.claim()
+    except OSError as error:
+        raise StorageError(
+            "the run directory on the supervisor's machine",
+            expected="that this side may write there",
+            found=error.strerror or str(error),
+            cure="those who may go on; or go on with --resume",
+        ) from None
 
 
 def newest(runs: Path, name: str) -> Path:

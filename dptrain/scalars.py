@@ -5,13 +5,14 @@ TFRecord of Event messages; the few of their fields that a curve needs are put t
 them takes a sixth of a second to load in every run, and as long for a line of the journal as a small step.
 """
 
-import os
+import contextlib
 import struct
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dptrain import appended
 from dptrain.errors import StorageError
 
 FIGURES = ("loss", "lr", "samples_per_second", "norm")
@@ -29,7 +30,7 @@ class Scalars:
 
     def __init__(self, folder: Path, *, attempt: int, step: int) -> None:
         self._folder, self._attempt, self._step = folder, attempt, step
-        self._handle = -1
+        self._file: appended.Appended | None = None
         self._closed = False
         self._recoveries = 0
 
@@ -42,7 +43,7 @@ class Scalars:
         if not summary or self._closed:
             return
         try:
-            if self._handle < 0:
+            if self._file is None:
                 self._open()
             self._append(line["step"], _field(5, summary))
         except OSError as error:
@@ -57,13 +58,14 @@ class Scalars:
     def close(self) -> None:
         """Nothing is raised: every line was handed over when it came."""
         self._closed = True
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close(durable=False)
 
     def _open(self) -> None:
         name = f"events.out.tfevents.{int(time.time()):010d}.{self._attempt:04d}.{self._step}"
-        self._handle = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._file = appended.opened(self._folder / name)
         self._append(0, _field(3, b"brain.Event:2"))
         if self._step:
             self._append(self._step + 1, _field(7, _varint(1 << 3) + _varint(_START)))
@@ -72,7 +74,8 @@ class Scalars:
         """One Event."""
         event = b"\x09" + struct.pack("<d", time.time()) + b"\x10" + _varint(step) + content
         record = _record(event)
-        if os.write(self._handle, record) < len(record):
+        assert self._file is not None
+        if self._file.write(record) < len(record):
             raise OSError(28, "no space left on device")
 
 

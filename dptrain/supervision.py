@@ -1,6 +1,7 @@
 """What the workers of a supervised launch tell their supervisor, and how they end with whoever started them.
 
-The supervisor names a private folder in the environment. Without it there is nobody to tell, and nothing is done.
+The supervisor names a private folder in the environment. Without it there is nobody to tell, and nothing is done. On a
+node that doesn't see it the node's agent passes on what is told (:mod:`dptrain.afar`).
 Telling never raises: a worker has more to do than to report.
 """
 
@@ -13,6 +14,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from dptrain import afar
 
 FOLDER = "DPTRAIN_SUPERVISED"
 """The environment's name for the folder."""
@@ -33,12 +36,12 @@ RESULT = "result.json"
 _PR_SET_PDEATHSIG = 1
 
 
-def opened(run_dir: str | os.PathLike[str], attempt: int, step: int) -> None:
+def opened(run_dir: Path, attempt: int, step: int) -> None:
     """The run directory is open, and training goes on from ``step``; the first chief's word on that holds."""
     folder = os.environ.get(FOLDER)
-    if folder and not os.path.exists(os.path.join(folder, RUN)):
-        content = {"run_dir": os.fspath(run_dir), "attempt": attempt, "step": step}
-        _tell(RUN, content | {"result": identity(Path(run_dir) / RESULT)})
+    if folder and (afar.reached() or not os.path.exists(os.path.join(folder, RUN))):
+        content = {"run_dir": str(run_dir), "attempt": attempt, "step": step}
+        _tell(RUN, content | {"result": identity(run_dir / RESULT)}, once=True)
 
 
 def failed(code: int, error: str) -> None:
@@ -55,7 +58,10 @@ def ended(rank: int, host: str, pid: int, step: int, phase: str, why: str) -> No
     """A watchdog ends a worker."""
     line = {"rank": rank, "host": host, "pid": pid, "step": step, "phase": phase, "why": why, "time": time.time()}
     folder = os.environ.get(FOLDER)
-    if folder:
+    if afar.reached():
+        with contextlib.suppress(OSError):
+            afar.tell(ENDED, line, added=True)
+    elif folder:
         with contextlib.suppress(OSError), open(os.path.join(folder, ENDED), "ab", buffering=0) as file:
             file.write(json.dumps(line).encode() + b"\n")
 
@@ -120,9 +126,13 @@ def abandoned(handle: int) -> bool:
     return True
 
 
-def _tell(name: str, content: Mapping[str, Any]) -> None:
+def _tell(name: str, content: Mapping[str, Any], *, once: bool = False) -> None:
     folder = os.environ.get(FOLDER)
     if not folder:
+        return
+    if afar.reached():
+        with contextlib.suppress(OSError):
+            afar.tell(name, content, once=once)
         return
     part = os.path.join(folder, f".{name}.{os.getpid()}")
     with contextlib.suppress(OSError):

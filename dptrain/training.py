@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dptrain import arithmetic, supervision
+from dptrain import afar, arithmetic, supervision
 from dptrain.chronicle import Chronicle
 from dptrain.corruption import Auditor, set_aside
 from dptrain.errors import CorruptionError, ResidualsLost, WorkerLost
 from dptrain.exchange.communicator import Alone, Communicator
+from dptrain.job.located import located
 from dptrain.job.spec import Job
 from dptrain.layout import digest
 from dptrain.origin import Origin
@@ -65,7 +66,7 @@ class _Run:
         communicator: Communicator,
     ) -> None:
         self.job, self.own_model = job, model
-        self.wanted_dir = None if run_dir is None else Path(run_dir)
+        self.wanted_dir = None if run_dir is None else afar.place(run_dir)
         self.wanted_trace = None if trace is None else Path(trace)
         self.trace: Trace | None = None
         self.phases = Phases()
@@ -83,7 +84,8 @@ class _Run:
             if self.wanted_trace is not None:
                 self.trace = Trace(self.wanted_trace, self.communicator)
                 self.phases = self.trace.phases
-            parts = self.parts = Parts(self.job, self.own_model, self.communicator)
+            afar.renew(0, 0)
+            parts = self.parts = Parts(located(self.job), self.own_model, self.communicator)
             self.origin = Origin(
                 self.job,
                 parts,

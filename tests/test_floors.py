@@ -27,6 +27,8 @@ FLOORS = [
         "processes",
         "supervision",
         "rsh",
+        "afar",
+        "appended",
     }
     | {"mkl", "v1"},
     {"job", "data", "nn", "optim"},
@@ -36,7 +38,7 @@ FLOORS = [
     {"worker", "watch", "chronicle", "assemble", "beginning", "parts", "trace", "meeting", "recovery", "watchdog"}
     | {"corruption"},
     {"companion", "training", "origin", "result", "plan", "launch", "ranks", "api", "launcher", "scratch", "supervise"}
-    | {"serve", "joined", "crew", "hosts", "export", "onnx_graph", "comparison", "replay"},
+    | {"serve", "joined", "crew", "hosts", "lending", "export", "onnx_graph", "comparison", "replay"},
     {"service"},
     {"cli"},
 ]

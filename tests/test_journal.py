@@ -71,7 +71,7 @@ def test_a_full_disk_is_a_storage_error(path: Path) -> None:
         pytest.skip("this system has no /dev/full")
     journal = Journal(path)
     handle = os.open(full, os.O_WRONLY)
-    os.dup2(handle, journal._handle)
+    os.dup2(handle, journal._file._handle)  # type: ignore[union-attr]
     os.close(handle)
     with pytest.raises(StorageError, match="No space left on device; make room, then go on with --resume"):
         journal.write({"step": 1})

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dptrain import launch
+from dptrain import afar, launch
 from dptrain.cli import terminal
 from dptrain.cli.progress import Mode, observer
 from dptrain.errors import LaunchError, UnreachableError, UsageError
 from dptrain.hosts import Host, read, share, silent, spread
+from dptrain.job.spec import Job, rebuild
+from dptrain.lending import Loan
 from dptrain.rsh import NODES
 
 
@@ -62,9 +64,12 @@ def train(request: Request, place: launch.Announced, leader: Any) -> int:
         return _start(request._replace(n=request.n or 1), width, hosts)
     if place.rank is None and request.n is None:
         launch.refuse_batch_shell(os.environ)
-    from dptrain.job.load import load_job
+    if afar.reached():
+        job = rebuild(Job, afar.launch()["job"])
+    else:
+        from dptrain.job.load import load_job
 
-    job = load_job(job_path(request.job), request.sets, os.environ)
+        job = load_job(job_path(request.job), request.sets, os.environ)
     again = _again(request, place)
     shown = observer(request.progress, width, again)
     keywords = {"run_dir": request.run_dir, "resume": request.resume, "trace": request.trace, "observer": shown}
@@ -97,16 +102,28 @@ def _placed(request: Request, place: launch.Announced) -> tuple[Request, tuple[H
 
 
 def _answering(
-    hosts: tuple[Host, ...], environ: Mapping[str, str], first: bool, tell: Callable[[str], None]
-) -> list[Host]:
+    hosts: tuple[Host, ...],
+    environ: Mapping[str, str],
+    first: bool,
+    tell: Callable[[str], None],
+    lend: Callable[[], Loan],
+) -> tuple[list[Host], Loan | None]:
     """The hosts that can have workers: at first all must, after a fault those that are left. Raises LaunchError.
 
-    Nodes of a server's may go at any time, and come again: UnreachableError where none is left of them.
+    Nodes of a server's may go at any time, and come again: UnreachableError where none is left of them. They need not
+    see this folder: where one doesn't, what the workers need of it is lent to all.
     """
     served = NODES in environ
-    wrong = silent(hosts, environ, Path.cwd())
+    apart: set[str] | None = set() if served else None
+    wrong = silent(hosts, environ, Path.cwd(), apart=apart)
+    loan = None
+    if apart:
+        loan = lend()
+        wrong |= loan.bring([host for host in hosts if host.name not in wrong])
     left = [host for host in hosts if host.name not in wrong]
     if served and not left:
+        if loan is not None:
+            loan.close()
         raise UnreachableError(
             "; ".join(f"node {name}" for name in wrong),
             expected="an answer by its agent",
@@ -123,7 +140,7 @@ def _answering(
         )
     for name, why in wrong.items():
         tell(f"host {name} is left out: {why}")
-    return left
+    return left, loan
 
 
 def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
@@ -183,11 +200,25 @@ def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
             return Start(line, said, servers)
         if not hosts:
             return Start(*launch.command(n, again.argv(), said, live=mode == "bar"), n)
-        left = _answering(hosts, environ, first, tell)
+
+        def lend() -> Loan:
+            nonlocal again
+            if request.trace is not None:
+                raise UsageError(
+                    "--trace", expected="nodes that see this folder", found="some that don't", cure="leave it out"
+                )
+            lent = job if run_dir is None else load_job(run_dir / "job.toml", (), keyless)
+            again = Request(run_dir=again.run_dir or _run_dir(lent, request.resume), resume=again.resume)
+            assert again.run_dir is not None
+            return Loan(lent, again.run_dir, environ)
+
+        left, loan = _answering(hosts, environ, first, tell, lend)
         workers = share(n, left)
         if workers < n:
             tell(f"going on with {workers} of {n} workers")
-        return Start(*launch.command(workers, again.argv(), said, live=mode == "bar", hosts=left), workers, far=True)
+        apart = loan is not None
+        line, env = launch.command(workers, again.argv(), said, live=mode == "bar", hosts=left, apart=apart)
+        return Start(line, env, workers, far=True, loan=loan)
 
     def by_hand(run_dir: Path | None) -> str:
         again = request if run_dir is None else request._replace(run_dir=run_dir, resume=True)
@@ -207,6 +238,17 @@ def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
         if code and mode == "bar":
             _mend_terminal()
     return code
+
+
+def _run_dir(job: Job, resume: bool) -> Path:
+    """Where a run is kept that workers elsewhere write."""
+    from dptrain import arithmetic
+
+    # numpy would start threads, and this process forks.
+    arithmetic.choose("native", 1)
+    from dptrain import beginning
+
+    return beginning.directory(job, None, resume=resume)
 
 
 def _wants_server(request: Request) -> bool:

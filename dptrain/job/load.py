@@ -23,7 +23,20 @@ if TYPE_CHECKING:
 DEFAULT_SHARDS = 8
 
 NOT_KEYS = frozenset(
-    {"CACHE", "HOSTFILE", "PROGRESS", "TRACEBACK", "SUPERVISED", "FT", "SERVER", "TOKEN", "TLS_CA", "NODES"}
+    {
+        "CACHE",
+        "HOSTFILE",
+        "PROGRESS",
+        "TRACEBACK",
+        "SUPERVISED",
+        "FT",
+        "SERVER",
+        "TOKEN",
+        "TLS_CA",
+        "NODES",
+        "AFAR",
+        "TICKET",
+    }
 )
 """DPTRAIN_ variables that steer the program, not the job."""
 

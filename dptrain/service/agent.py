@@ -138,7 +138,7 @@ class _Stream:
         self._leaves = False
         self._call: grpc.Call | None = None
         self.daemons = Daemons(
-            self._said.put, server, said.address, os.environ, self._fetch, None if tls is None else tls.ca
+            self._said.put, server, said.address, os.environ, self._fetch, self._carry, None if tls is None else tls.ca
         )
 
     def go(self) -> None:
@@ -175,6 +175,15 @@ class _Stream:
             for part in self._stub.FetchFile(pb.FetchFileRequest(sha256=digest)):
                 yield part.data
 
+    def _carry(self, asked: Iterator[pb.CarryRequest]) -> Iterator[pb.CarryResponse]:
+        """What workers ask of their supervisor. Raises DptrainError."""
+        call = self._stub.Carry(asked)
+        try:
+            with told(self._server):
+                yield from call
+        finally:
+            call.cancel()
+
     def _requests(self) -> Iterator[pb.ServeRequest]:
         while (message := self._said.get()) is not None:
             yield message
@@ -196,6 +205,8 @@ class _Stream:
             self.daemons.look(message.look)
         elif kind == "work":
             self.daemons.work(message.work)
+        elif kind == "bring":
+            self.daemons.bring(message.bring)
         elif kind == "kill":
             self.daemons.kill(message.kill.id)
 

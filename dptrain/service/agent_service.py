@@ -1,5 +1,6 @@
 """AgentService: one stream for each agent."""
 
+import json
 import queue
 import threading
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 import grpc
 
 from dptrain.errors import UnreachableError, UsageError
+from dptrain.service.loans import Loans
 from dptrain.service.nodes import HEALTH_SECONDS, SILENT_SECONDS, Node, Nodes
 from dptrain.service.shipping import Offers
 from dptrain.v1 import agent_service_pb2 as pb
@@ -16,8 +18,8 @@ from dptrain.v1 import agent_service_pb2_grpc
 class AgentService(agent_service_pb2_grpc.AgentServiceServicer):
     """See agent_service.proto."""
 
-    def __init__(self, nodes: Nodes, offers: Offers) -> None:
-        self.nodes, self.offers = nodes, offers
+    def __init__(self, nodes: Nodes, offers: Offers, loans: Loans) -> None:
+        self.nodes, self.offers, self.loans = nodes, offers, loans
 
     def Serve(
         self, request_iterator: Iterator[pb.ServeRequest], context: grpc.ServicerContext
@@ -55,6 +57,20 @@ class AgentService(agent_service_pb2_grpc.AgentServiceServicer):
         """A file of a job's data."""
         for data in self.offers.read(request.sha256):
             yield pb.FetchFileResponse(data=data)
+
+    def Carry(
+        self, request_iterator: Iterator[pb.CarryRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.CarryResponse]:
+        """What a worker asks of a launch's supervisor."""
+        loan = None
+        for request in request_iterator:
+            if loan is None:
+                loan = self.loans.find(request.ticket)
+            if request.asked:
+                answer, data = loan.do(request.asked, request.data)
+                yield pb.CarryResponse(answered=json.dumps(answer).encode(), data=data)
+            else:
+                yield pb.CarryResponse(job=json.dumps(loan.job).encode(), items=loan.items)
 
     def _read(self, requests: Iterator[pb.ServeRequest], node: Node) -> None:
         """What an agent says, until it says no more; ends the stream."""

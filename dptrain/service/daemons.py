@@ -13,12 +13,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
 
-from dptrain import scratch
+from dptrain import afar, scratch
 from dptrain.data import cache
 from dptrain.errors import DptrainError
 from dptrain.processes import end_session
 from dptrain.rsh import PROGRAMS
 from dptrain.service import log, started
+from dptrain.service.carrier import Carrier, Carry, brought
 from dptrain.service.shipping import received
 from dptrain.v1 import agent_service_pb2 as pb
 from dptrain.wire.address import Address
@@ -36,6 +37,9 @@ LEAVING_SECONDS = 3.0
 GONE_SECONDS = 10.0
 """In which processes that were killed must be gone."""
 
+_KEPT = "nodes"
+"""Of this user's cache: where the files of jobs are kept."""
+
 _PIECE = 1 << 16
 _MARK = ".dptrain-seen-"
 _CONTROL = re.compile(r"(?P<host>.+):(?P<port>\d+)")
@@ -44,7 +48,8 @@ _CONTROL = re.compile(r"(?P<host>.+):(?P<port>\d+)")
 class Daemons:
     """What was started over one stream. ``say`` sends a message over it.
 
-    ``address`` is this node's, ``fetch`` gives a file of the server's by its SHA-256, ``ca`` signed its certificate.
+    ``address`` is this node's, ``fetch`` gives a file of the server's by its SHA-256, ``carry`` the answers to
+    what workers ask of their supervisor, ``ca`` signed the server's certificate.
     """
 
     def __init__(
@@ -54,9 +59,10 @@ class Daemons:
         address: str,
         environ: Mapping[str, str],
         fetch: Callable[[str], Iterable[bytes]],
+        carry: Carry,
         ca: Path | None = None,
     ) -> None:
-        self._fetch = fetch
+        self._fetch, self._carry = fetch, carry
         self._say, self._server, self._ca = say, server, ca
         self._environ = environment(environ, address)
         self._lock = threading.Lock()
@@ -77,7 +83,20 @@ class Daemons:
         arguments = list(asked.arguments)
         if asked.program == "hydra_pmi_proxy" and not self._server.path:
             arguments = _called_back(arguments, self._server.host)
-        self._begin(asked.id, asked.program, [str(path), *arguments])
+        self._begin(asked.id, asked.program, [str(path), *arguments], ticket=asked.ticket)
+
+    def bring(self, asked: pb.Bring) -> None:
+        """Have the files of a launch here before it begins, and say when they are."""
+        threading.Thread(target=self._bring, args=(asked,), name="bring", daemon=True).start()
+
+    def _bring(self, asked: pb.Bring) -> None:
+        why = ""
+        try:
+            brought(asked.ticket, self._carry, self._fetch, cache.locate() / _KEPT)
+        except (OSError, DptrainError) as error:
+            why = str(error)
+            log.tell("not brought", error=why)
+        self._say(pb.ServeRequest(exited=pb.Exited(id=asked.id, code=REFUSED if why else 0, refused=why)))
 
     def work(self, asked: pb.Work) -> None:
         """Start a worker of a parameter server."""
@@ -98,27 +117,38 @@ class Daemons:
         line: Sequence[str],
         added: Mapping[str, str] = MappingProxyType({}),
         files: Sequence[pb.DataFile] = (),
+        ticket: str = "",
     ) -> None:
         """Have a program run in a thread of its own, which lives as long: the kernel ends the program with it."""
         with self._lock:
             self._wanted.add(number)
         thread = threading.Thread(
-            target=self._run, args=(number, name, list(line), added, files), name="daemon", daemon=True
+            target=self._run, args=(number, name, list(line), added, files, ticket), name="daemon", daemon=True
         )
         self._threads.append(thread)
         thread.start()
 
     def _run(
-        self, number: int, name: str, line: list[str], added: Mapping[str, str], files: Sequence[pb.DataFile]
+        self,
+        number: int,
+        name: str,
+        line: list[str],
+        added: Mapping[str, str],
+        files: Sequence[pb.DataFile],
+        ticket: str,
     ) -> None:
         left = ExitStack()
         try:
             if files:
-                line += ["--data", str(received(files, self._fetch, cache.locate() / "nodes"))]
+                line += ["--data", str(received(files, self._fetch, cache.locate() / _KEPT))]
+            lent = brought(ticket, self._carry, self._fetch, cache.locate() / _KEPT) if ticket else None
             folder, memory = left.enter_context(scratch.folders())
             environ = {**self._environ, **added, "TMPDIR": str(folder)}
             if memory is not None:
                 environ["OMPI_MCA_btl_sm_backing_directory"] = str(memory)
+            if lent is not None:
+                left.enter_context(Carrier(folder, ticket, self._carry, *lent))
+                environ[afar.FOLDER] = str(folder)
             with self._lock:
                 # Whoever asked for it may have gone meanwhile.
                 process = None if number not in self._wanted else self._popen(line, folder, environ)
@@ -227,7 +257,8 @@ def environment(environ: Mapping[str, str], address: str) -> dict[str, str]:
     Of several networks Open MPI is to use the one by which the server is reached, unless the environment says another.
     """
     prefix = sys.prefix
-    found = {name: value for name, value in environ.items() if not name.startswith("DPTRAIN_")}
+    kept = {name: value for name, value in environ.items() if name == "DPTRAIN_CACHE"}
+    found = {name: value for name, value in environ.items() if not name.startswith("DPTRAIN_")} | kept
     found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found.get('PATH', os.defpath)}"
     libraries = [f"{prefix}/lib", found.get("LD_LIBRARY_PATH", "")]
     found["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))

@@ -1,9 +1,10 @@
 """From a launcher to a node: ``dptrain-rsh`` hands over what is to run there, and gets what comes of it.
 
 A Unix socket in the server's folder, for the server's own user alone. A request is a line of JSON with ``node`` and one
-of ``program`` and ``arguments``; ``port``, ``processes``, ``token`` and ``data``; ``look``.
-The answer is frames of a letter, a length in four bytes, and content: ``o`` and ``e`` are output, ``x`` is the end,
-JSON with ``code`` and ``why``.
+of ``program`` and ``arguments``, with the ``ticket`` of a loan or without; ``port``, ``processes``, ``token`` and
+``data``; ``look``; ``bring`` and ``ticket``. Or a supervisor ``lend``s its run directory, for as long as it is
+connected, and then says where it is ``told``. The answer is frames of a letter, a length in four bytes, and content:
+``o`` and ``e`` are output, ``x`` is the end, JSON with ``code`` and ``why``; ``t`` answers a loan, in JSON.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from typing import Any
 
 from dptrain.errors import DptrainError, UnreachableError
 from dptrain.rsh import HEAD, SOCKET, UNREACHED, place
+from dptrain.service.loans import Loans
 from dptrain.service.nodes import Nodes, Start
 from dptrain.service.shipping import Offers
 from dptrain.v1 import agent_service_pb2 as pb
@@ -34,8 +36,8 @@ _MOST_REQUEST = 1 << 20
 class Relay:
     """Listens in a folder that no other server has, from construction until ``close``."""
 
-    def __init__(self, folder: Path, nodes: Nodes, offers: Offers) -> None:
-        self._nodes, self._offers = nodes, offers
+    def __init__(self, folder: Path, nodes: Nodes, offers: Offers, loans: Loans) -> None:
+        self._nodes, self._offers, self._loans = nodes, offers, loans
         self._settled = time.monotonic() + MOST_SECONDS + 1.0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         (folder / SOCKET).unlink(missing_ok=True)
@@ -68,7 +70,11 @@ class Relay:
         """One request, from its line to its end."""
         with caller, contextlib.suppress(OSError):
             try:
-                name, ask, patience = self._request(caller)
+                said = _line(caller)
+                if "lend" in said:
+                    self._lend(caller, said["lend"])
+                    return
+                name, ask, patience = self._request(said)
                 start = self._begin(caller, name, ask, patience)
             except DptrainError as error:
                 code = UNREACHED if isinstance(error, UnreachableError) else error.exit_code
@@ -101,18 +107,26 @@ class Relay:
                 if time.monotonic() > until or select.select([caller], [], [], _AGAIN)[0]:
                     raise
 
-    def _request(self, caller: socket.socket) -> tuple[str, Callable[[int], pb.ServeResponse], float]:
+    def _lend(self, caller: socket.socket, said: dict[str, Any]) -> None:
+        """Lend what a supervisor says until it is gone."""
+        loan = self._loans.lend(said)
+        try:
+            _send(caller, b"t", json.dumps({"ticket": loan.ticket}).encode())
+            loan.begin(Path(_line(caller)["told"]))
+            _send(caller, b"t", b"{}")
+            while caller.recv(1 << 12):
+                pass
+        finally:
+            self._loans.end(loan)
+
+    def _request(self, said: dict[str, Any]) -> tuple[str, Callable[[int], pb.ServeResponse], float]:
         """The node's name, what makes the message to it of a number, and for how many seconds the node is waited for.
 
         Raises ValueError, KeyError, TypeError.
         """
-        line = b""
-        while not line.endswith(b"\n"):
-            part = caller.recv(1 << 16)
-            if not part or len(line) > _MOST_REQUEST:
-                raise ValueError("no line")
-            line += part
-        said: dict[str, Any] = json.loads(line)
+        if "bring" in said:
+            brought = str(said["ticket"])
+            return str(said["node"]), lambda number: pb.ServeResponse(bring=pb.Bring(id=number, ticket=brought)), 0.0
         if "look" in said:
             path = str(said["look"])
             return str(said["node"]), lambda number: pb.ServeResponse(look=pb.Look(id=number, path=path)), 0.0
@@ -127,9 +141,12 @@ class Relay:
                 _WORKERS_SECONDS,
             )
         program, arguments = str(said["program"]), [str(word) for word in said["arguments"]]
+        ticket = str(said.get("ticket", ""))
         return (
             str(said["node"]),
-            lambda number: pb.ServeResponse(start=pb.Start(id=number, program=program, arguments=arguments)),
+            lambda number: pb.ServeResponse(
+                start=pb.Start(id=number, program=program, arguments=arguments, ticket=ticket)
+            ),
             0.0,
         )
 
@@ -139,6 +156,18 @@ class Relay:
             while caller.recv(1 << 12):
                 pass
         self._nodes.end(name, start)
+
+
+def _line(caller: socket.socket) -> dict[str, Any]:
+    """A line of JSON. Raises ValueError."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = caller.recv(1 << 16)
+        if not part or len(line) > _MOST_REQUEST:
+            raise ValueError("no line")
+        line += part
+    said: dict[str, Any] = json.loads(line)
+    return said
 
 
 def _pass(caller: socket.socket, name: str, start: Start) -> None:

@@ -26,6 +26,7 @@ from dptrain.service.datasets import Datasets
 from dptrain.service.desk import Desk
 from dptrain.service.intake import Intake
 from dptrain.service.job_service import JobService
+from dptrain.service.loans import Loans
 from dptrain.service.log_service import LogService
 from dptrain.service.metric_service import MetricService
 from dptrain.service.model import MOST_WORKERS
@@ -87,7 +88,7 @@ ROLES: Mapping[str, Mapping[str, Role]] = {
         "DrainNode": Role.admin,
         "ResumeNode": Role.admin,
     },
-    "dptrain.v1.AgentService": {"Serve": Role.worker, "FetchFile": Role.worker},
+    "dptrain.v1.AgentService": {"Serve": Role.worker, "FetchFile": Role.worker, "Carry": Role.worker},
 }
 """What a token must be for, by method."""
 
@@ -150,6 +151,7 @@ class JobServer:
         slots = options.slots or len(os.sched_getaffinity(0))
         here = Here(socket.gethostname(), mpi() if options.agents else None, sys.executable)
         self.offers = Offers()
+        self.loans = Loans(self.offers)
         self.nodes = Nodes(here, self._look_again, log.tell)
         conductor = Conductor(
             store, runner, slots, log.tell, options.keep, self.nodes.states if options.agents else None
@@ -176,7 +178,7 @@ class JobServer:
             self.page = page.address
         if options.agents:
             known.write_private(data / ACCESS, json.dumps(_access(self.address, options.tls)))
-            relay = Relay(data, self.nodes, self.offers)
+            relay = Relay(data, self.nodes, self.offers, self.loans)
             left.callback(relay.close)
         conductor.start()
         left.callback(conductor.close)
@@ -195,7 +197,7 @@ class JobServer:
         jobs, logs, metrics = JobService(desk, intake), LogService(desk), MetricService(desk)
         artifacts = ArtifactService(desk, datasets)
         cluster = ClusterService(desk, self.nodes, options.allow_code, options.limits)
-        agents = AgentService(self.nodes, self.offers)
+        agents = AgentService(self.nodes, self.offers, self.loans)
 
         def add_jobs(server: grpc.Server) -> None:
             job_service_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)

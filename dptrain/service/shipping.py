@@ -23,10 +23,15 @@ class Offers:
         self._known: dict[tuple[str, int, int], str] = {}
         self._paths: dict[str, Path] = {}
 
-    def offer(self, source: Path) -> list[pb.DataFile]:
-        """The files of a job's data, a file or a folder, which may be fetched from now on. Raises DataError."""
+    def offer(self, source: Path, among: str = "") -> list[pb.DataFile]:
+        """The files of a job's data, a file or a folder, which may be fetched from now on. Raises DataError.
+
+        ``among``: those beside the file too that have this in their name; the file itself is the first.
+        """
         try:
             paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+            if among:
+                paths += sorted(path for path in source.parent.glob(f"*{among}*") if path.is_file() and path != source)
             return [self._offer(path, source) for path in paths]
         except OSError as error:
             raise DataError(
@@ -44,7 +49,7 @@ class Offers:
         with self._lock:
             self._known[key] = digest
             self._paths[digest] = path
-        name = path.name if path == source else path.relative_to(source).as_posix()
+        name = path.relative_to(source).as_posix() if source.is_dir() else path.name
         return pb.DataFile(path=name, size=status.st_size, sha256=digest)
 
     def read(self, digest: str) -> Iterator[bytes]:

@@ -255,6 +255,7 @@ class ServeResponse(_message.Message):
     KILL_FIELD_NUMBER: _builtins.int
     LOOK_FIELD_NUMBER: _builtins.int
     WORK_FIELD_NUMBER: _builtins.int
+    BRING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """First of all: the node takes part."""
@@ -279,6 +280,10 @@ class ServeResponse(_message.Message):
     def work(self) -> Global___Work:
         """Start a worker of a parameter server."""
 
+    @_builtins.property
+    def bring(self) -> Global___Bring:
+        """Have the files of a launch on this node before it begins."""
+
     def __init__(
         self,
         *,
@@ -288,12 +293,13 @@ class ServeResponse(_message.Message):
         kill: Global___Kill | None = ...,
         look: Global___Look | None = ...,
         work: Global___Work | None = ...,
+        bring: Global___Bring | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "kill", b"kill", "look", b"look", "start", b"start", "told", b"told", "welcome", b"welcome", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bring", b"bring", "drain", b"drain", "kill", b"kill", "look", b"look", "start", b"start", "told", b"told", "welcome", b"welcome", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "kill", b"kill", "look", b"look", "start", b"start", "told", b"told", "welcome", b"welcome", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bring", b"bring", "drain", b"drain", "kill", b"kill", "look", b"look", "start", b"start", "told", b"told", "welcome", b"welcome", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_told: _TypeAlias = _typing.Literal["welcome", "drain", "start", "kill", "look", "work"]  # noqa: Y015
+    _WhichOneofReturnType_told: _TypeAlias = _typing.Literal["welcome", "drain", "start", "kill", "look", "work", "bring"]  # noqa: Y015
     _WhichOneofArgType_told: _TypeAlias = _typing.Literal["told", b"told"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_told) -> _WhichOneofReturnType_told | None: ...
 
@@ -352,10 +358,15 @@ class Start(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     PROGRAM_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """By which the two sides name it; no other of this stream has it."""
     program: _builtins.str
     """Which: "prted" or "hydra_pmi_proxy", of the node's own installation. Anything else is refused."""
+    ticket: _builtins.str
+    """Of the launch that it belongs to, where this node sees no folder of the supervisor's: its workers reach the run
+    directory by Carry. Empty where they do.
+    """
     @_builtins.property
     def arguments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Its arguments."""
@@ -366,14 +377,41 @@ class Start(_message.Message):
         id: _builtins.int = ...,
         program: _builtins.str = ...,
         arguments: _abc.Iterable[_builtins.str] | None = ...,
+        ticket: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "id", b"id", "program", b"program"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "id", b"id", "program", b"program", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Start: _TypeAlias = Start  # noqa: Y015
+
+@_typing.final
+class Bring(_message.Message):
+    """The files of a launch are to be on this node; answered by Exited with code 0 when all are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """By which the answer names it."""
+    ticket: _builtins.str
+    """Of the launch."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        ticket: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Bring: _TypeAlias = Bring  # noqa: Y015
 
 @_typing.final
 class Kill(_message.Message):
@@ -536,3 +574,101 @@ class FetchFileResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchFileResponse: _TypeAlias = FetchFileResponse  # noqa: Y015
+
+@_typing.final
+class CarryRequest(_message.Message):
+    """A request of a worker's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    ASKED_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.str
+    """Of the launch; in the first request of a stream alone."""
+    asked: _builtins.bytes
+    """What is asked for, in JSON; none in a first request that asks what is lent."""
+    data: _builtins.bytes
+    """At most 1 MiB of what is to be written."""
+    def __init__(
+        self,
+        *,
+        ticket: _builtins.str = ...,
+        asked: _builtins.bytes = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "data", b"data", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CarryRequest: _TypeAlias = CarryRequest  # noqa: Y015
+
+@_typing.final
+class CarryResponse(_message.Message):
+    """An answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERED_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    answered: _builtins.bytes
+    """In JSON."""
+    data: _builtins.bytes
+    """At most 1 MiB of what was read."""
+    job: _builtins.bytes
+    """The job, in JSON; in the answer to what is lent."""
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___LentItem]:
+        """The job's files; in the answer to what is lent."""
+
+    def __init__(
+        self,
+        *,
+        answered: _builtins.bytes = ...,
+        data: _builtins.bytes = ...,
+        job: _builtins.bytes = ...,
+        items: _abc.Iterable[Global___LentItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "data", b"data", "items", b"items", "job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CarryResponse: _TypeAlias = CarryResponse  # noqa: Y015
+
+@_typing.final
+class LentItem(_message.Message):
+    """A file or folder that a job names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Its path on the supervisor's machine."""
+    file: _builtins.str
+    """Which of them is meant by the path; empty where it is the folder of all."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___DataFile]:
+        """Its files, for FetchFile."""
+
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        files: _abc.Iterable[Global___DataFile] | None = ...,
+        file: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "files", b"files", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LentItem: _TypeAlias = LentItem  # noqa: Y015

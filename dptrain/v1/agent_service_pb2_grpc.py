@@ -45,6 +45,11 @@ class AgentServiceStub(object):
                 request_serializer=dptrain_dot_v1_dot_agent__service__pb2.FetchFileRequest.SerializeToString,
                 response_deserializer=dptrain_dot_v1_dot_agent__service__pb2.FetchFileResponse.FromString,
                 _registered_method=True)
+        self.Carry = channel.stream_stream(
+                '/dptrain.v1.AgentService/Carry',
+                request_serializer=dptrain_dot_v1_dot_agent__service__pb2.CarryRequest.SerializeToString,
+                response_deserializer=dptrain_dot_v1_dot_agent__service__pb2.CarryResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer(object):
@@ -67,6 +72,14 @@ class AgentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Carry(self, request_iterator, context):
+        """What workers of this node ask of the supervisor of a launch: to read and to write its run directory. Each request is
+        answered, in order. NOT_FOUND where the launch is over. Role: worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +92,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.FetchFile,
                     request_deserializer=dptrain_dot_v1_dot_agent__service__pb2.FetchFileRequest.FromString,
                     response_serializer=dptrain_dot_v1_dot_agent__service__pb2.FetchFileResponse.SerializeToString,
+            ),
+            'Carry': grpc.stream_stream_rpc_method_handler(
+                    servicer.Carry,
+                    request_deserializer=dptrain_dot_v1_dot_agent__service__pb2.CarryRequest.FromString,
+                    response_serializer=dptrain_dot_v1_dot_agent__service__pb2.CarryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +154,33 @@ class AgentService(object):
             '/dptrain.v1.AgentService/FetchFile',
             dptrain_dot_v1_dot_agent__service__pb2.FetchFileRequest.SerializeToString,
             dptrain_dot_v1_dot_agent__service__pb2.FetchFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Carry(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dptrain.v1.AgentService/Carry',
+            dptrain_dot_v1_dot_agent__service__pb2.CarryRequest.SerializeToString,
+            dptrain_dot_v1_dot_agent__service__pb2.CarryResponse.FromString,
             options,
             channel_credentials,
             insecure,

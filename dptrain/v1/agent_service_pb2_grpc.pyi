@@ -23,6 +23,10 @@ class AgentServiceStub:
     """
     FetchFile: _grpc.UnaryStreamMultiCallable[_agent_service_pb2.FetchFileRequest, _agent_service_pb2.FetchFileResponse]
     """A file of the data of a job that the agent was asked to work for. NOT_FOUND where no job has it. Role: worker."""
+    Carry: _grpc.StreamStreamMultiCallable[_agent_service_pb2.CarryRequest, _agent_service_pb2.CarryResponse]
+    """What workers of this node ask of the supervisor of a launch: to read and to write its run directory. Each request is
+    answered, in order. NOT_FOUND where the launch is over. Role: worker.
+    """
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """What an agent calls."""
@@ -45,5 +49,15 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _abc.Iterator[_agent_service_pb2.FetchFileResponse]:
         """A file of the data of a job that the agent was asked to work for. NOT_FOUND where no job has it. Role: worker."""
+
+    @_abc_1.abstractmethod
+    def Carry(
+        self,
+        request_iterator: _abc.Iterator[_agent_service_pb2.CarryRequest],
+        context: _grpc.ServicerContext,
+    ) -> _abc.Iterator[_agent_service_pb2.CarryResponse]:
+        """What workers of this node ask of the supervisor of a launch: to read and to write its run directory. Each request is
+        answered, in order. NOT_FOUND where the launch is over. Role: worker.
+        """
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _grpc.Server) -> None: ...

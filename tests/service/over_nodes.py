@@ -1,6 +1,7 @@
 """A server with agents on three nodes, and what may become of them while a job runs.
 
-``python -m tests.service.over_nodes [WHAT...]`` does each to a job: it must end with solo's hash.
+``python -m tests.service.over_nodes [--apart] [WHAT...]`` does each to a job: it must end with solo's hash. With
+``--apart`` no node sees the server's folder, and the journal must tell of each step of the last attempt once.
 """
 
 import json
@@ -15,18 +16,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dptrain import rundir
+from dptrain import journal, rundir
+from dptrain.board import RANK, Cell
 from dptrain.errors import StorageError
 from dptrain.service.server import JOBS, TOKENS
 from dptrain.wire import certificates
 from dptrain.wire.tokens import Role, TokenFile, keep
-from tests.faults.live import until
+from tests.faults.live import Job, signalled, until
 from tests.faults.network import Cluster
 from tests.faults.oracle import Command, Surroundings
 from tests.service.jobs import JOB, solo_hash
 
 DPTRAIN = [sys.executable, "-P", "-m", "dptrain"]
-QUIET = JOB.replace("steps = 30", "steps = 2000")
+STEPS = 2000
+QUIET = JOB.replace("steps = 30", f"steps = {STEPS}")
 TEXT = QUIET.replace("[train]", "[output]\ncheckpoint_steps = 50\n\n[train]")
 
 
@@ -36,6 +39,7 @@ class Service:
     def __init__(self, place: Surroundings, cluster: Cluster) -> None:
         self.place, self.cluster = place, cluster
         self.commands: list[Command] = []
+        self.apart = False
         self.address = f"{cluster.address(0)}:7077"
         self.data = place.folder / "data"
         # All nodes share this machine's cores, which no MPI can know.
@@ -51,10 +55,11 @@ class Service:
         return self.on(0, *line, "--tls-cert", "certs/server.crt", "--tls-key", "certs/server.key")
 
     def agent(self, node: int, slots: int = 1, *, apart: bool = False) -> Command:
-        """With ``apart`` it doesn't see the server's folder."""
+        """With ``apart``, of this or of all, it doesn't see the server's folder."""
+        apart = apart or self.apart
         words = ["agent", *self.client, "--slots", str(slots), "--token-file", "token"]
         hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none data && exec "$@"', "sh"] if apart else []
-        return self.on(node, *words, before=hidden, XDG_CACHE_HOME=str(self.place.folder / f"cache-{node}"))
+        return self.on(node, *words, before=hidden, DPTRAIN_CACHE=str(self.place.folder / f"cache-{node}"))
 
     def on(self, node: int, *words: str, before: Sequence[str] = (), **environ: str) -> Command:
         line = [*self.cluster.inside(node), *before, *DPTRAIN, *words]
@@ -94,6 +99,30 @@ class Service:
     def reaches(self, job: str, step: int) -> None:
         assert until(lambda: self.step(job) >= step or self.failed, 90, nap=0.02), self.server.err
         assert not self.failed, self.server.err
+
+    def worker(self, rank: int, nodes: Sequence[int]) -> Cell:
+        """The worker of a rank, of those that train, one on each of the nodes."""
+        found: dict[int, Cell] = {}
+
+        def seen() -> bool:
+            jobs = (Job.among(self.cluster.processes(node), 1) for node in nodes)
+            found.update({cell[RANK]: cell for job in jobs if job is not None for cell in job.living})
+            return rank in found
+
+        assert until(seen, 30, nap=0.02), self.server.err
+        return found[rank]
+
+    def whole(self, job: str) -> None:
+        """A job's journal tells of every step once a launch, in order, and of the last one."""
+        lines = journal.read_all(self.data / JOBS / job / "run" / rundir.JOURNAL)
+        steps: dict[int, list[int]] = {}
+        for line in lines:
+            if "step" in line and "event" not in line:
+                steps.setdefault(line["attempt"], []).append(line["step"])
+        assert all(some == sorted(set(some)) for some in steps.values()), steps
+        found = [line["step"] for line in journal.read_steps(self.data / JOBS / job / "run" / rundir.JOURNAL)]
+        assert found == sorted(set(found)), found
+        assert max(found) == STEPS
 
     def result(self, job: str) -> dict[str, Any]:
         """What a job came to, as soon as it has."""
@@ -147,6 +176,15 @@ def _link_cut(service: Service, agents: Mapping[int, Command]) -> None:
     service.cluster.mend(1)
 
 
+def _worker_killed(service: Service, agents: Mapping[int, Command]) -> None:
+    assert signalled(service.worker(2, list(agents)), signal.SIGKILL)
+
+
+def _chief_killed(service: Service, agents: Mapping[int, Command]) -> None:
+    """Under Open MPI the chief of another node goes on with the same run directory."""
+    assert signalled(service.worker(0, list(agents)), signal.SIGKILL)
+
+
 def _link_cut_for_a_moment(service: Service, agents: Mapping[int, Command]) -> None:
     service.cluster.cut(3)
     time.sleep(2)
@@ -168,6 +206,8 @@ def _all_agents_killed(service: Service, agents: Mapping[int, Command]) -> None:
 
 
 WHAT: Mapping[str, Callable[[Service, Mapping[int, Command]], None]] = {
+    "worker killed": _worker_killed,
+    "chief killed": _chief_killed,
     "agent killed": _agent_killed,
     "agent stopped": _agent_stopped,
     "link cut": _link_cut,
@@ -182,9 +222,11 @@ def main() -> int:
     bad = 0
     work = Path(tempfile.mkdtemp(prefix="over-nodes-"))
     truth = solo_hash(work, QUIET)
-    for what in sys.argv[1:] or WHAT:
+    apart = sys.argv[1:2] == ["--apart"]
+    for what in sys.argv[1 + apart :] or WHAT:
         began = time.monotonic()
         with service(work / what.replace(" ", "-")) as made:
+            made.apart = apart
             agents = {node: made.agent(node) for node in (1, 2, 3)}
             made.seen("node joined", 3)
             job = made.submit("-n", "3")
@@ -193,6 +235,7 @@ def main() -> int:
             WHAT[what](made, agents)
             try:
                 good = made.result(job)["weights_sha256"] == truth
+                made.whole(job)
             except AssertionError as error:
                 good = False
                 print(error)
