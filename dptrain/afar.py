@@ -49,11 +49,11 @@ SILENCE = 60.0
 UNDER_WAY = 8
 """Requests at a time that have no answer yet."""
 
-UNSENT = 256
+UNSENT = 1024
 """Pieces that may wait to be appended, before who appends is to wait or keep them."""
 
 _AGAIN = 0.05
-_WAIT = 0.1
+_WAIT = 1.0
 _FLUSH = 20.0
 """Seconds in which all that was appended must be there when a file is closed."""
 
@@ -355,7 +355,7 @@ class Appending:
         self._pieces: queue.Queue[bytes | None] = queue.Queue(UNSENT)
         self._failed: OSError | None = None
         self._retry = threading.Event()
-        self._sent = threading.Event()
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._send, name="appending", daemon=True)
         self._thread.start()
 
@@ -375,15 +375,15 @@ class Appending:
         self._retry.set()
         try:
             self._pieces.put(None, timeout=_FLUSH)
-            self._sent.wait(_FLUSH)
+            self._over.wait(_FLUSH)
         except queue.Full:
             pass
-        whole = self._sent.is_set() and self._failed is None
+        whole = self._over.is_set() and self._failed is None
         try:
             if whole and durable:
                 self._line.ask({"do": "sync", "path": str(self._path)})
         finally:
-            if whole:
+            if self._over.is_set():
                 self._line.close()
         if not whole:
             raise self._failed or OSError(errno.EAGAIN, "the supervisor's machine is too slow")
@@ -399,8 +399,9 @@ class Appending:
             data = b"".join(piece for piece in pieces if piece is not None)
             for start in range(0, len(data), CHUNK):
                 if not self._append(data[start : start + CHUNK]):
-                    return
-        self._sent.set()
+                    ends = True
+                    break
+        self._over.set()
 
     def _append(self, data: bytes) -> bool:
         """Send it, again and again; False where this will never be done."""

@@ -31,7 +31,7 @@ from dptrain.watch import Observer, Unwatched
 
 _LINES = 300
 _LONGEST_SILENCE = 1.0
-_KEPT = 2 * UNSENT
+_KEPT = UNSENT + 1
 """Of the newest lines: what the chief had not yet written when it died, or what had not reached the disk."""
 
 

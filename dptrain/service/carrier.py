@@ -78,7 +78,7 @@ class Carrier:
         """One connection: when either side ends, so does the other."""
         asked: queue.Queue[pb.CarryRequest | None] = queue.Queue(afar.UNDER_WAY)
         try:
-            with caller, contextlib.suppress(OSError, DptrainError):
+            with contextlib.suppress(OSError, DptrainError):
                 threading.Thread(target=self._hear, args=(caller, asked), name="carrier", daemon=True).start()
                 for answer in self._carry(iter(asked.get, None)):
                     head = afar.HEAD.pack(len(answer.answered), len(answer.data))
@@ -88,6 +88,10 @@ class Carrier:
         finally:
             with self._lock:
                 self._callers.discard(caller)
+            # To close it would not wake who reads from it.
+            with contextlib.suppress(OSError):
+                caller.shutdown(socket.SHUT_RDWR)
+            caller.close()
 
     def _hear(self, caller: socket.socket, asked: "queue.Queue[pb.CarryRequest | None]") -> None:
         """Read requests; a full queue has the worker wait."""
