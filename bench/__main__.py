@@ -5,6 +5,7 @@ shards    what the number of shards costs in one worker
 bits      what promised bits cost at two workers
 exchange  the exchange alone, beside the installed MPI's reductions
 ps        a parameter server beside PyTorch DDP, its wire beside a bare gRPC stream
+networks  workers on machines of their own behind slow links, over MPI, beside PyTorch DDP; for root
 links     what 16 bits a gradient save where links are slow, beside a parameter server; for root
 memory    memory of a machine as workers grow
 startup   from mpirun to the first step
@@ -25,6 +26,7 @@ from pathlib import Path
 from bench.comparisons import (
     exchange,
     memory,
+    networks,
     page,
     parameter_server,
     recovery,
@@ -44,6 +46,7 @@ WHAT = {
     "bits": sharding.bits,
     "exchange": exchange.main,
     "ps": parameter_server.main,
+    "networks": networks.main,
     "links": slow_links.main,
     "memory": memory.main,
     "startup": startup.main,

@@ -205,10 +205,15 @@ class Auditor:
         self._lift(_STATE, state.step)
         return True
 
+    def rechecks(self, state: State) -> bool:
+        """See worker.Auditor."""
+        wanted = self.recheck_steps and (state.step + 1) % self.recheck_steps == 0
+        return bool(wanted) and self.communicator.size > 1
+
     def recheck(self, state: State, partials: Partials | None) -> bool:
         """See worker.Auditor."""
         step, communicator = state.step + 1, self.communicator
-        if not self.recheck_steps or step % self.recheck_steps or communicator.size < 2:
+        if not self.rechecks(state):
             return True
         rank, phases = communicator.rank, self.worker.phases
         choice = chosen(self.seed, step // self.recheck_steps, self.worker.exchange.membership.nodes)

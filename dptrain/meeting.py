@@ -151,8 +151,9 @@ class Meeting:
         kept = self.membership.shards if self.update.gradients.feeds_back else 0
         memory = Memory(self.update.layout, len(self.update.optimizer.slots), dtype, outboxes, kept)
         shared = _shared(communicator, machines, memory.nbytes)
-        self._store, boxes = together(communicator, _SETTING_UP, lambda: memory.place(shared))
-        self._outboxes = {communicator.members[rank]: box for rank, box in zip(machines.here, boxes, strict=True)}
+        self._store, boxes, marks = together(communicator, _SETTING_UP, lambda: memory.place(shared))
+        here = [communicator.members[rank] for rank in machines.here]
+        self._outboxes, self._marks = (dict(zip(here, some, strict=True)) for some in (boxes, marks))
 
     def _groups(self) -> Machines:
         """Who shares memory in this exchange."""
@@ -162,6 +163,7 @@ class Meeting:
 
     def _segments(self) -> Segments:
         communicator, machines = self.communicator, self._groups()
+        here = [communicator.members[rank] for rank in machines.here]
         return Segments(
             communicator,
             self.membership,
@@ -170,7 +172,9 @@ class Meeting:
             coordinators=min(self.wanted.coordinators or communicator.size, communicator.size),
             machines=machines,
             store=self._store,
-            outboxes=[self._outboxes[communicator.members[rank]] for rank in machines.here],
+            outboxes=[self._outboxes[member] for member in here],
+            marks=[self._marks[member] for member in here],
+            early=len(self.machines.groups) > 1,
         )
 
     @property

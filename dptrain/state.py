@@ -172,7 +172,9 @@ class Segment:
         momentum = layout.buffer_momentum()
         cuts = sorted({*range(lo, hi, STRETCH), min(max(lo, layout.parameters), hi), hi})
         self._stretches = []
-        for start, stop in pairwise(cuts):
+        self.ranges = list(pairwise(cuts))
+        """Of the flat vector: its stretches, each of parameters or of buffers."""
+        for start, stop in self.ranges:
             part, here = slice(start - lo, stop - lo), slice(start, stop)
             buffers = start >= layout.parameters
             sides = tuple(_between(store, side, here, not buffers) for side in (0, 1))
@@ -189,9 +191,9 @@ class Segment:
         self._scratch = np.empty((3, STRETCH), total.dtype)
         self._wide = np.empty((2, STRETCH))
 
-    def add(self) -> None:
-        """Finish the sum."""
-        for stretch in self._stretches:
+    def add(self, only: int | None = None) -> None:
+        """Finish the sum, or that of one stretch alone."""
+        for stretch in self._some(only):
             rounds = self._gradients.rounds and stretch.momentum is None
             for left, right in stretch.pairs:
                 np.add(left, right, out=left)
@@ -214,19 +216,24 @@ class Segment:
             found[i] += np.dot(wide, wide)
         return found
 
-    def advance(self, state: State, *, scale: float, rows: float, add: bool, share: float = 1.0) -> bool:
+    def _some(self, only: int | None) -> list[_Stretch]:
+        return self._stretches if only is None else [self._stretches[only]]
+
+    def advance(
+        self, state: State, *, scale: float, rows: float, add: bool, share: float = 1.0, only: int | None = None
+    ) -> bool:
         """Write the state after ``state`` into the store's other side, and say whether the sum was finite.
 
         ``scale`` makes the sum the (clipped) mean, ``rows`` are the real rows of the batch, by which a buffer's sum
         is divided. With ``add`` the sum is finished here, stretch by stretch, and kept nowhere. The update gets a
-        ``share`` of the learning rate.
+        ``share`` of the learning rate. ``only`` one stretch may be meant.
         """
         update, side = self._update, state.side
         count = state.updates + 1
         rates = update.optimizer.rates(float(scale), float(update.schedule.at(count)) * share, count)
         one_stretch = update.optimizer.stretch
         good = True
-        for pairs, gradient, sides, momentum in self._stretches:
+        for pairs, gradient, sides, momentum in self._some(only):
             n = len(gradient)
             t, u, sum_ = self._scratch[0, :n], self._scratch[1, :n], self._scratch[2, :n]
             if add and pairs:

@@ -53,6 +53,9 @@ class Auditor(Protocol):
     def settle(self) -> None:
         """Go back to a state that is trusted, where others found, before a death, that this is to be done."""
 
+    def rechecks(self, state: State) -> bool:
+        """Whether this step is one of those that ``recheck`` looks at."""
+
     def recheck(self, state: State, partials: Partials | None) -> bool:
         """Have a part of these partials, None for a worker that failed, computed again by another worker.
 
@@ -156,9 +159,11 @@ class Worker:
         started = time.perf_counter()
         self.phases.at(state.step + 1)
         failure: BaseException | None = None
+        # What has left can't be gone back on.
+        final = None if self.auditor is not None and self.auditor.rechecks(state) else self.exchange.opening()
         try:
             self._raise_pending()
-            partials = self._partials(state)
+            partials = self._partials(state, final)
         except BaseException as error:  # a model's sys.exit() must not leave the others waiting
             failure, partials = error, self._nothing()
         self.phases.begin(Phase.OTHER)
@@ -240,7 +245,7 @@ class Worker:
         if self._pending is not None:
             raise self._pending
 
-    def _partials(self, state: State) -> Partials:
+    def _partials(self, state: State, final: Callable[[int], None] | None) -> Partials:
         lo, hi = self.exchange.membership.mine
         k = self.accumulator.at_once
         last = self.rule.total_steps - 1
@@ -255,7 +260,8 @@ class Worker:
         kept = None
         if state.residuals:
             kept = Residuals(state.residuals, self.exchange.store.residuals(1 - state.side))
-        return self.accumulator.accumulate(state.weights, self._plan, self.exchange.outbox, state.step, load, kept)
+        accumulate, outbox = self.accumulator.accumulate, self.exchange.outbox
+        return accumulate(state.weights, self._plan, outbox, state.step, load, kept, final)
 
     def _nothing(self) -> Partials:
         m = len(self._plan.nodes)

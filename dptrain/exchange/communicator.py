@@ -29,6 +29,9 @@ class Posted(Protocol):
     def wait(self) -> None:
         """Return when all of them are done."""
 
+    def done(self) -> bool:
+        """Whether all of them are; by any thread, if no other calls the communicator meanwhile."""
+
 
 class Communicator(Protocol):
     """A group of workers. Where it ``survives`` deaths, a call that a death disturbs raises WorkerLost.
@@ -61,6 +64,12 @@ class Communicator(Protocol):
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message], phase: str) -> Posted:
         """Start the transfers; the arrays must stay untouched until they are done."""
+
+    def until(self, done: Callable[[], bool], phase: str) -> None:
+        """Ask ``done``, which may look at transfers, again and again until it says so."""
+
+    def abandon(self, posted: Sequence[Posted]) -> None:
+        """After WorkerLost: nobody waits for these any more, but while they may still move, their arrays are theirs."""
 
     def allreduce(self, vector: Array, phase: str) -> None:
         """Replace ``vector`` by the sum over workers in whatever order the library likes."""
@@ -121,6 +130,13 @@ class Alone:
         assert not receives
         return Done()
 
+    def until(self, done: Callable[[], bool], phase: str) -> None:
+        """Nothing moves, so it is done or never will be."""
+        assert done()
+
+    def abandon(self, posted: Sequence[Posted]) -> None:
+        """Nothing moves."""
+
     def allreduce(self, vector: Array, phase: str) -> None:
         """The sum over one worker."""
 
@@ -150,3 +166,7 @@ class Done:
 
     def wait(self) -> None:
         """Return at once."""
+
+    def done(self) -> bool:
+        """They are."""
+        return True

@@ -36,10 +36,23 @@ FAULT_TOLERANT = "OMPI_MCA_mpi_ft_enable"
 CMA = "MPIR_CVAR_CH4_CMA_ENABLE"
 """Whether MPICH may copy large messages straight from another process's memory."""
 
+OVER_TCP = {
+    "OMPI_MCA_btl_tcp_flags": "1",
+    "OMPI_MCA_btl_tcp_max_send_size": "32768",
+    "OMPI_MCA_btl_tcp_sndbuf": "65536",
+}
+"""Open MPI's large messages between machines, both ways at once: pieces that are sent, not put, few of them queued.
+
+As it comes it filled half of a link of 1 Gbit/s, each way; a deep queue holds up the other way's acknowledgements.
+"""
+
 _POLLS_BEFORE_YIELD = 2_000
 _SLEEPLESS = 0.02
-_NAP = 0.001
-"""Seconds of a wait before the first nap, which is longer than a step's usual waits, and of a nap."""
+_NAP = 0.0002
+"""Seconds of a wait before the first nap, which is longer than a step's usual waits, and of a nap.
+
+In a longer one a link of 1 Gbit/s would send all that is queued for it.
+"""
 
 
 _FEW = 16
@@ -79,7 +92,8 @@ def connect(deadline: float = 600.0) -> Mpi:
     MPI = _load()
     if not MPI.Is_initialized():
         # Open MPI tries UCX for shared windows and complains where there is none.
-        os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+        for variable, value in {"OMPI_MCA_osc": "^ucx", **OVER_TCP}.items():
+            os.environ.setdefault(variable, value)
         if MPI.get_vendor()[0] == "MPICH" and CMA not in os.environ:
             from dptrain.exchange.memory_access import permitted
 
@@ -219,6 +233,19 @@ class Mpi:
             self._unfinished += requests
             raise self._lost(error, phase) from None
         return _Requests(self, requests, phase)
+
+    def until(self, done: Callable[[], bool], phase: str) -> None:
+        """See Communicator."""
+        for _ in range(self._polls):
+            if done():
+                return
+        self._until(done, phase)
+
+    def abandon(self, posted: Sequence[Posted]) -> None:
+        """See Communicator."""
+        for some in posted:
+            assert isinstance(some, _Requests)
+            self._unfinished += some.requests
 
     def allreduce(self, vector: Array, phase: str) -> None:
         """See Communicator."""
@@ -407,8 +434,16 @@ def _local_size() -> int:
 
 class _Requests:
     def __init__(self, owner: Mpi, requests: list[Any], phase: str) -> None:
-        self._owner, self._requests, self._phase = owner, requests, phase
+        self._owner, self.requests, self._phase = owner, requests, phase
 
     def wait(self) -> None:
-        if self._requests:
-            self._owner._wait(self._requests, self._phase)
+        if self.requests:
+            self._owner._wait(self.requests, self._phase)
+
+    def done(self) -> bool:
+        mpi = self._owner._mpi
+        try:
+            return not self.requests or bool(mpi.Request.Testall(self.requests))
+        except mpi.Exception as error:
+            self._owner._unfinished += self.requests
+            raise self._owner._lost(error, self._phase) from None

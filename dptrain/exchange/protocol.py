@@ -92,6 +92,13 @@ class Exchange(ABC):
     def equip(self, accumulator: Accumulator, load: Load) -> None:  # noqa: B027 - as above
         """With what an exchange computes that computes itself; ``load`` gives shards lo to hi of a batch."""
 
+    def opening(self) -> Callable[[int], None] | None:
+        """A step begins, on all workers: who is to be told from which parameter on the outbox's partials are final.
+
+        None where nobody wants to know before ``swap``.
+        """
+        return None
+
     def judging(self, weights: Array, part: str, state: State) -> None:  # noqa: B027 - as above
         """What the next ``gather`` is about: these weights, on a part of the data."""
 

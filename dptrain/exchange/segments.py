@@ -12,27 +12,30 @@ then all that is left is messages. ``coordinators`` = 1 is the plain picture of 
 as there are workers leaves none the bottleneck. The bits are the same in all of them.
 """
 
-from collections.abc import Iterable, Sequence
+import platform
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dptrain.exchange.communicator import Communicator, Message, Posted
+from dptrain.errors import PeerFailed, WorkerLost
+from dptrain.exchange.communicator import Communicator
 from dptrain.exchange.protocol import Exchange
-from dptrain.exchange.verdict import Verdict
+from dptrain.exchange.traffic import Range, Traffic, Way
+from dptrain.exchange.verdict import Report, Verdict
 from dptrain.layout import BLOCK, Array, Layout, segments
 from dptrain.membership import Membership
 from dptrain.nn.accumulate import Partials
+from dptrain.packing import encoding_of
 from dptrain.phases import Phase
 from dptrain.state import Pair, Segment, State, Store, Update
 from dptrain.tree import Add, Node, merged
 
 _ALIGNED = 64
 
-SUM = 0
-"""The tag of a finished sum; partials have the tags from 1 on."""
+Mark = npt.NDArray[np.int64]
+"""How far a worker is in backward, one number in memory that its machine shares; see ``Segments._tell``."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,21 @@ class Memory:
     def nbytes(self) -> int:
         """Bytes needed."""
         vectors = self._slots + self._residuals
-        return (2 * (self._row + vectors * self._slot) + sum(self._outboxes) * self._row) * self._dtype.itemsize
+        rows = 2 * (self._row + vectors * self._slot) + sum(self._outboxes) * self._row
+        return _ALIGNED * len(self._outboxes) + rows * self._dtype.itemsize
 
-    def place(self, memory: Array | None) -> tuple[Store, list[Array]]:
-        """The store and the outboxes in ``memory``, ``nbytes`` of zeros; None for private memory, touched at once."""
+    def place(self, memory: Array | None) -> tuple[Store, list[Array], list[Mark]]:
+        """The store, the outboxes and the marks of all workers, in ``memory``, which is ``nbytes`` of zeros.
+
+        None is for private memory, touched at once.
+        """
         if memory is None:
             memory = np.empty(self.nbytes, np.uint8)
             memory.fill(0)
-        elements = memory.view(self._dtype)
+        head = _ALIGNED * len(self._outboxes)
+        # One a line of the cache.
+        marks = [memory[at : at + _ALIGNED].view(np.int64)[:1] for at in range(0, head, _ALIGNED)]
+        elements = memory[head:].view(self._dtype)
         vectors = [2 * count * self._slot for count in (self._slots, self._residuals)]
         counts = [2 * self._row, *vectors, *(rows * self._row for rows in self._outboxes)]
         weights, moments, kept, *boxes = np.split(elements, np.cumsum(counts)[:-1])
@@ -94,23 +104,17 @@ class Memory:
             moments.reshape(2, self._slots, self._slot)[:, :, : layout.parameters],
             kept.reshape(2, self._residuals, self._slot)[:, :, : layout.parameters],
         )
-        return store, [
+        outboxes = [
             box.reshape(rows, self._row)[:, : layout.size] for box, rows in zip(boxes, self._outboxes, strict=True)
         ]
-
-
-class _Carried(NamedTuple):
-    """A segment of another machine's: what is sent for it, and the way its finished sum takes here."""
-
-    sends: list[Message]
-    sum: Message
-    segment: Segment
+        return store, outboxes, marks
 
 
 class Segments(Exchange):
     """``coordinators`` of the workers, the lowest ranks, own a segment each; ``machines`` says who shares memory.
 
-    ``store`` and ``outboxes``, those of the workers of this machine in their order, are what :class:`Memory` placed.
+    ``store``, and ``outboxes`` and ``marks``, those of the workers of this machine in their order, are what
+    :class:`Memory` placed. ``early``: what is final leaves a machine while its workers are in backward.
     """
 
     def __init__(
@@ -124,6 +128,8 @@ class Segments(Exchange):
         machines: Machines,
         store: Store,
         outboxes: Sequence[Array],
+        marks: Sequence[Mark],
+        early: bool = False,
     ) -> None:
         super().__init__(communicator, membership, update)
         self.name = name
@@ -142,94 +148,173 @@ class Segments(Exchange):
         self._merged = [
             merged((node for rank in group for node in membership.nodes[rank]), self._goal) for group in machines.groups
         ]
-        self._own = self._owned(self.outbox.dtype)
-        self._carried = [
-            self._carry(owner, lo, hi)
-            for owner, (lo, hi) in enumerate(self._segments)
-            if lo < hi and owner not in machines.here and self._carrier_here(owner) == membership.rank
+        self._marks = marks
+        self._mark = marks[machines.here.index(membership.rank)]
+        self._attempt = 0
+        # The counts of others are seen in the order in which they were written, with all that was written before.
+        self._early = early and (len(machines.here) == 1 or platform.machine() in ("x86_64", "AMD64"))
+        self._own: Segment | None = None
+        self._traffic: Traffic | None = None
+        self._prepare(self.outbox.dtype)
+
+    def _prepare(self, dtype: npt.DTypeLike) -> None:
+        """This worker's segment, and what has to do with other machines."""
+        lo, hi = self._segments[self.membership.rank]
+        ranges: list[Range] = []
+        if lo < hi:
+            own = self._owned(lo, hi, dtype)
+            self._own, ranges = own.segment, [own]
+        if len(self._machines.groups) == 1:
+            return
+        ranges += [
+            self._carried(owner, start, stop)
+            for owner, (start, stop) in enumerate(self._segments)
+            if start < stop and owner not in self._machines.here and self._carrier_here(owner) == self.membership.rank
         ]
+        self._traffic = Traffic(
+            self.communicator,
+            ranges,
+            encoding=encoding_of(self.update.gradients.name),
+            parameters=self.update.layout.parameters,
+            messages=1 + max(len(roots) for roots, _ in self._merged),
+            lowest=self._lowest,
+        )
 
     def _carrier_here(self, owner: int) -> int:
         return self._machines.carrier(self._machines.number(self.membership.rank), owner)
 
-    def _owned(self, dtype: npt.DTypeLike) -> Segment | None:
-        """This worker's segment, and the messages that concern it."""
-        rank = self.membership.rank
-        lo, hi = self._segments[rank]
-        self._receives: list[Message] = []
-        self._hand_out: list[Message] = []
-        if lo == hi:
-            return None
+    def _owned(self, lo: int, hi: int, dtype: npt.DTypeLike) -> Range:
+        """What this worker does for its own segment."""
+        rank, machines = self.membership.rank, self._machines
         values = {node: vector[lo:hi] for node, vector in self._vectors.items()}
-        for machine, (roots, _) in enumerate(self._merged):
-            if rank in self._machines.groups[machine]:
-                continue
-            carrier = self._machines.carrier(machine, rank)
-            for i, root in enumerate(roots):
+        away = [machine for machine, group in enumerate(machines.groups) if rank not in group]
+        receives = []
+        for machine in away:
+            for root in self._merged[machine][0]:
                 values[root] = np.zeros(hi - lo, dtype)
-                self._receives.append(Message(carrier, values[root], i + 1))
+                receives.append(Way(machines.carrier(machine, rank), values[root]))
         _, plan = merged(values, self._goal)
         pairs, total = in_place(values, plan, self._goal)
-        for machine, group in enumerate(self._machines.groups):
-            if rank not in group:
-                self._hand_out.append(Message(self._machines.carrier(machine, rank), total, SUM))
-        return self.update.segment(self.store, lo, hi, total, pairs)
+        segment = self.update.segment(self.store, lo, hi, total, pairs)
+        return Range(lo, True, segment, [Way(machines.carrier(machine, rank), total) for machine in away], receives)
 
-    def _carry(self, owner: int, lo: int, hi: int) -> _Carried:
+    def _carried(self, owner: int, lo: int, hi: int) -> Range:
         """What this worker does for a segment that is finished on another machine."""
         roots, plan = self._merged[self._machines.number(self.membership.rank)]
         values = {node: vector[lo:hi] for node, vector in self._vectors.items()}
         pairs, _ = in_place(values, plan, None)
-        sends = [Message(owner, values[root], i + 1) for i, root in enumerate(roots)]
         # What was sent has left its place before a sum comes, and nobody else touches this range of the outbox.
         total = self.outbox[0, lo:hi]
-        return _Carried(sends, Message(owner, total, SUM), self.update.segment(self.store, lo, hi, total, pairs))
+        segment = self.update.segment(self.store, lo, hi, total, pairs)
+        return Range(lo, False, segment, [Way(owner, values[root]) for root in roots], [Way(owner, total)])
 
     def squares_of_workers(self) -> Sequence[int]:
         """The blocks of each coordinator's segment."""
         return [-(-(hi - lo) // BLOCK) for lo, hi in self._segments]
 
+    def opening(self) -> Callable[[int], None] | None:
+        """See Exchange: where others are on other machines, what is final leaves during backward."""
+        if self._traffic is None or not self._early:
+            return None
+        self._attempt += 1
+        self._tell(self.update.layout.size)
+        try:
+            self._traffic.open()
+        except WorkerLost:
+            self._traffic.abandon()
+            raise
+        return self._told
+
+    def _told(self, lowest: int) -> None:
+        assert self._traffic is not None
+        self._tell(lowest)
+        self._traffic.wake()
+
+    def _tell(self, lowest: int) -> None:
+        """From where on this worker's partials are final, for those of this machine, in a number that only grows."""
+        size = self.update.layout.size
+        self._mark[0] = self._attempt * (size + 1) + size - lowest
+
+    def _lowest(self) -> int:
+        """From where on those of all workers of this machine are."""
+        size = self.update.layout.size
+        return size - max(0, min(int(mark[0]) for mark in self._marks) - self._attempt * (size + 1))
+
+    def swap(self, state: State, partials: Partials, report: Report) -> tuple[State, Verdict]:
+        """See Exchange."""
+        traffic = self._traffic
+        if traffic is None:
+            return super().swap(state, partials, report)
+        try:
+            traffic.settle()
+            after, verdict = super().swap(state, partials, report)
+            self._drain(traffic)
+        except PeerFailed:
+            self._drain(traffic)
+            raise
+        except WorkerLost:
+            traffic.abandon()
+            raise
+        finally:
+            # Nobody looks at it any more, nor may who comes after a death take it for the new exchange's.
+            self._mark[0] = -1
+        return after, verdict
+
+    def _drain(self, traffic: Traffic) -> None:
+        """Whatever this step was, let all that was sent for it arrive."""
+        if traffic.is_open:
+            traffic.finalize()
+            self.phases.begin(Phase.WAITING, "exchange")
+            self.communicator.until(traffic.closed, "exchange")
+            self.phases.begin(Phase.EXCHANGE)
+
     def collect(self, partials: Partials) -> None:
-        """Add what this machine has of foreign segments, send it, and receive what others have of one's own."""
-        if len(self._machines.groups) == 1:
+        """Send what this machine has of foreign segments; where the norm is wanted, wait for one's own segment."""
+        traffic = self._traffic
+        if traffic is None:
             return
-        posted: list[Posted] = [self.communicator.post([], self._receives, "partials")]
-        for carried in self._carried:
-            carried.segment.add()
-            posted.append(self.communicator.post(carried.sends, [], "partials"))
-        self._wait(posted, "partials")
+        if not traffic.is_open:
+            traffic.open()
+        traffic.finalize()
+        traffic.look()
+        if self.update.clip_norm:
+            self._await(lambda: all(piece.summed for piece in traffic.pieces if piece.owned))
 
     def squares(self) -> npt.NDArray[np.float64]:
         """Finish the tree for one's own segment."""
         if self._own is None:
             return np.zeros(0)
-        self._own.add()
+        if self._traffic is None:
+            self._own.add()
         return self._own.squares()
 
     def advance(self, state: State, verdict: Verdict) -> bool:
-        """Update one's own segment, here while its sum travels, and those that are carried as their sums arrive."""
-        own, add = self._own, not self.update.clip_norm
-        if len(self._machines.groups) == 1:
+        """Update one's own segment, and those that are carried, piece by piece as sums are there."""
+        own, traffic = self._own, self._traffic
+        if traffic is None:
+            add = not self.update.clip_norm
             return own is None or own.advance(state, scale=verdict.scale, rows=verdict.rows, add=add)
-        if self._hand_out and own is not None and add:
-            own.add()
-            add = False
-        posted = [self.communicator.post(self._hand_out, [], "sums")]
-        arriving = [self.communicator.post([], [carried.sum], "sums") for carried in self._carried]
-        good = True
-        if own is not None:
-            good = own.advance(state, scale=verdict.scale, rows=verdict.rows, add=add)
-        for carried, sum_ in zip(self._carried, arriving, strict=True):
-            self._wait([sum_], "sums")
-            self.phases.begin(Phase.UPDATE)
-            carried.segment.advance(state, scale=verdict.scale, rows=verdict.rows, add=False)
-        self._wait(posted, "sums")
+        good, left = True, list(traffic.pieces)
+        while left:
+            self._await(lambda: any(piece.summed for piece in left))
+            for piece in [piece for piece in left if piece.summed]:
+                self.phases.begin(Phase.UPDATE)
+                finite = piece.segment.advance(
+                    state, scale=verdict.scale, rows=verdict.rows, add=False, only=piece.number
+                )
+                good = good and (finite or not piece.owned)
+                left.remove(piece)
+                self.phases.begin(Phase.EXCHANGE)
+                traffic.look()
         return good
 
-    def _wait(self, posted: Iterable[Posted], phase: str) -> None:
-        self.phases.begin(Phase.WAITING, phase)
-        for some in posted:
-            some.wait()
+    def _await(self, come: Callable[[], bool]) -> None:
+        traffic = self._traffic
+        assert traffic is not None
+        if come():
+            return
+        self.phases.begin(Phase.WAITING, "exchange")
+        self.communicator.until(lambda: traffic.look() and come(), "exchange")
         self.phases.begin(Phase.EXCHANGE)
 
 

@@ -195,10 +195,14 @@ class _Adder:
         self._free: list[int] = []
         self._scratch = 0
         self._whole: Array | None = None
+        self._final: Callable[[int], None] | None = None
+        self._left = 0
+        self._done: set[str] = set()
 
-    def begin(self, batch: _Batch) -> None:
-        """Start a batch: every tensor is opened and closed once."""
-        self._batch = batch
+    def begin(self, batch: _Batch, final: Callable[[int], None] | None = None) -> None:
+        """Start a batch: every tensor is opened and closed once. See ``accumulate`` for ``final``."""
+        self._batch, self._final = batch, final
+        self._left, self._done = len(self._parameters), set()
         self._k = batch.hi - batch.lo
         self._whole = None
         if batch.direct is not None or self._k * self._layout.size <= _WHOLE:
@@ -243,11 +247,28 @@ class _Adder:
                 self._leaves(flat, entry.start, entry.stop)
             self._add(flat, self._slots[:, entry.start : entry.stop], parameters)
             self._free.append(number)
+            self._tell(name)
+        elif self._batch.direct is not None:
+            entry = self._layout.entries[name]
+            if entry.momentum is None:
+                self._leaves(self._whole[:, entry.start : entry.stop], entry.start, entry.stop)
+            self._tell(name)
+
+    def _tell(self, name: str) -> None:
+        """This tensor is done; so may be all after one that were done before."""
+        if self._final is None:
+            return
+        self._done.add(name)
+        before = self._left
+        while self._left and self._parameters[self._left - 1].name in self._done:
+            self._left -= 1
+        if self._left < before:
+            self._final(self._parameters[self._left].start)
 
     def end(self, tallies: npt.NDArray[np.float64], into: npt.NDArray[np.float64]) -> None:
         """Finish a batch with its tallies, (k, 3), added into those of the slots alike."""
         if self._whole is not None:
-            if self._gradients.leaves:
+            if self._gradients.leaves and self._batch.direct is None:
                 for entry in self._parameters:
                     self._leaves(self._whole[:, entry.start : entry.stop], entry.start, entry.stop)
             self._add(self._whole, self._slots, self._layout.parameters)
@@ -334,10 +355,12 @@ class Accumulator:
         step: int,
         load: Callable[[int, int], Loaded],
         residuals: Residuals | None = None,
+        final: Callable[[int], None] | None = None,
     ) -> Partials:
         """The partials of the plan's shards at this step; ``load(lo, hi)`` gives the rows of shards lo to hi.
 
-        ``residuals`` are those of all shards, None where they keep none; see ``nothing_kept``.
+        ``residuals`` are those of all shards, None where they keep none; see ``nothing_kept``. ``final`` is told,
+        before the end, from which parameter on nothing more is written to the partials' parameters.
         """
         if self.gradients.feeds_back and residuals is None:
             raise ValueError("shards keep residuals, and there is no place for them")
@@ -348,7 +371,7 @@ class Accumulator:
         for batch in plan.batches:
             self.phases.begin(Phase.DATA)
             rows = load(batch.lo, batch.hi)
-            sink.begin(batch)
+            sink.begin(batch, final if batch is plan.batches[-1] else None)
             found = self.backward(tensors, rows, range(batch.lo, batch.hi), step, sink)
             self.phases.begin(Phase.PARTIALS)
             sink.end(found, tallies)

@@ -133,7 +133,7 @@ def test_weights_and_optimizer_state_are_held_once_a_machine(found: dict[str, An
 def test_nothing_overlaps_in_memory(dtype: str) -> None:
     layout = Layout([("W", (33,))], [("mean", (5,), 0.1)])
     memory = Memory(layout, 2, dtype, [1, 3])
-    store, boxes = memory.place(np.zeros(memory.nbytes, np.uint8))
+    store, boxes, _ = memory.place(np.zeros(memory.nbytes, np.uint8))
     places = [store.weights(side) for side in (0, 1)] + [slot for side in (0, 1) for slot in store.slots(side)]
     places += [row for box in boxes for row in box]
     for number, place in enumerate(places, 1):

@@ -120,6 +120,30 @@ def test_partials_are_the_shards_gradients_added_in_the_tree(
                 assert tally.tobytes() == expected[1].tobytes()
 
 
+@pytest.mark.parametrize(("shards", "at_once"), [(1, 1), (5, 3), (8, 8), (8, 1)])
+def test_what_is_said_to_be_final_is_not_written_to_again(
+    shards: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accumulate, "_WHOLE", 0)
+    worker, weights = accumulator(shards, at_once)
+    load = rows_of(shards, 4, shards)
+    plan = worker.schedule(0, shards)
+    outbox = np.full((plan.slots, len(weights)), np.nan, np.float32)
+    parameters = worker.model.layout.parameters
+    said: list[tuple[int, Array]] = []
+    rows = len(plan.nodes)
+    worker.accumulate(weights, plan, outbox, 3, load, None, lambda lowest: said.append((lowest, outbox[:rows].copy())))
+    starts = [entry.start for entry in worker.model.layout.entries.values() if entry.momentum is None]
+    assert [lowest for lowest, _ in said] == sorted((lowest for lowest, _ in said), reverse=True)
+    assert {lowest for lowest, _ in said} <= set(starts)
+    assert said[-1][0] == 0
+    assert len(said) > 2
+    for lowest, then in said:
+        assert then[:, lowest:parameters].tobytes() == outbox[:rows, lowest:parameters].tobytes()
+    # Negative control: what comes before is not final yet.
+    assert said[0][1][:, :parameters].tobytes() != outbox[:rows, :parameters].tobytes()
+
+
 def test_another_order_gives_other_bits() -> None:
     """Negative control: the comparison above can fail."""
     shards = 8

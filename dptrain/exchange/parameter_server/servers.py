@@ -236,6 +236,11 @@ class _Arriving:
         for link, array in self._awaited:
             np.copyto(array, np.frombuffer(link.receive(self._seconds), array.dtype))
 
+    def done(self) -> bool:
+        """See Posted; waits for them."""
+        self.wait()
+        return True
+
 
 def _agrees(said: Mapping[str, Any] | None, view: Sequence[int]) -> bool:
     """Whether a server has said that it meets these, or that it leaves."""
