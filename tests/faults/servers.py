@@ -115,7 +115,8 @@ class Run:
         """End those who joined too late: they dial on, as a server may be started after its workers."""
         for worker in self._joined:
             if worker.running:
-                worker.process.terminate()
+                # Some are stopped, and would not end otherwise.
+                worker.process.kill()
                 worker.process.wait()
 
     def _processes(self, command: str) -> list[int]:
