@@ -47,10 +47,13 @@ def faults(seed: int) -> Iterator[Fault]:
 def strike(folder: Path, *, seed: int, servers: int, standby: bool) -> Outcome:
     """Strike a job that trains now and then, and see what becomes of it."""
     rng = random.Random(seed)
-    job = jobs.choose(rng).of(STEPS)
-    truth = undisturbed(job.text)
+    text = jobs.choose(rng).of(STEPS).text
+    if rng.random() < 0.3:
+        # Its residuals lie with the workers.
+        text += '\n[arithmetic]\ngradients = "top_k"\ntop_k = 0.05\n'
+    truth = undisturbed(text)
     place = Surroundings(folder)
-    (folder / "job.toml").write_text(job.text)
+    (folder / "job.toml").write_text(text)
     asked = ["-n", str(rng.choice((2, 3, 4))), "--exchange", "ps", "--servers", str(servers)]
     asked += ["--standby"] if standby else []
     asked += ["--set", f"exchange.lease_seconds={LEASE}", "--set", f"exchange.host_sum={rng.choice(('true', 'false'))}"]
