@@ -221,6 +221,8 @@ class ParameterServer(Exchange):
 
     def begin(self, step: int, total: int, pending: Sequence[int]) -> bool:
         """See Exchange."""
+        if self._begun:
+            self._retract()
         with self.hub.changed:
             if self._ledger is not None:
                 self._ledger.begin()

@@ -106,6 +106,29 @@ def test_a_run_goes_on_here_and_there(tmp_path: Path) -> None:
     assert result.weights_sha256 == straight.weights_sha256
 
 
+def test_steps_that_count_for_nothing_leave_residuals_as_they_are(tmp_path: Path) -> None:
+    """One row is so large that its batch's gradient overflows, once an epoch."""
+    random = np.random.default_rng(3)
+    x = random.standard_normal((120, 6)).astype(np.float32)
+    x[7] = 3e38
+    np.savez(tmp_path / "rows.npz", x=x, y=random.integers(0, 3, 120))
+    it = job(
+        "mlp",
+        6,
+        data={"source": str(tmp_path / "rows.npz"), "validation": 0.0, "test": 0.0},
+        model={"layers": [{"type": "linear", "units": 9}, {"type": "relu"}, {"type": "linear", "units": 3}]},
+        arithmetic=TOP_K,
+        train={"steps": 30, "batch_size": 20, "evaluate_steps": 0, "result": "last", "non_finite": "skip"},
+    )
+    alone = run(it, run_dir=tmp_path / "solo")
+    skipped = [
+        json.loads(line).get("skipped", 0) for line in (tmp_path / "solo" / "journal.jsonl").read_text().splitlines()
+    ]
+    assert sum(skipped) == 5
+    cluster = Cluster(it, tmp_path)
+    assert cluster.train(3).weights_sha256 == alone.weights_sha256
+
+
 STEPS = JOB.replace("[train]", '[arithmetic]\ngradients = "top_k"\ntop_k = 0.02\n[train]')
 
 
