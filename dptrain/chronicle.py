@@ -76,6 +76,7 @@ class Chronicle:
         self._checkpointed = -1
         self._lag: list[tuple[Journal, dict[str, Any]]] = []
         self._lines: deque[dict[str, Any]] = deque(maxlen=_KEPT)
+        self._workers = self._workers_seen = self._workers_told = 0
         self._compute: tuple[float, ...] = ()
         self._wait: tuple[float, ...] = ()
         self._norm: float | None = None
@@ -131,6 +132,7 @@ class Chronicle:
         if verdict.arrival is not None:
             self._arrived(state, verdict.arrival)
         self._norm = verdict.norm
+        self._workers = verdict.workers
         self._compute = _added(self._compute, verdict.compute)
         self._wait = _added(self._wait, verdict.wait)
         self._phases = verdict.phases
@@ -246,12 +248,27 @@ class Chronicle:
             line["skipped"] = self._skipped
         if self._late:
             line["staleness"] = _listed(self._late)
+        if self._workers:
+            line["workers"] = self._workers
+            self._tell_of_workers(state.step)
         line.update(more)
         self._last_line = now
         self._clear()
         self._lines.append(line)
         self._write(line)
         self.observer.progressed(line)
+
+    def _tell_of_workers(self, step: int) -> None:
+        """Have the journal know that others compute than did, if they do for longer than from one line to the next.
+
+        While some come for others all of them do.
+        """
+        now, seen, before = self._workers, self._workers_seen, self._workers_told
+        self._workers_seen = now
+        if now in (seen, before or now):
+            self._workers_told = now
+            if before not in (0, now):
+                self._write({"event": "workers", "step": step, "workers": now, "before": before})
 
     def _phases_since(self) -> dict[str, list[float]]:
         """The seconds of each worker since the line before, by phase; those that took no time are left out."""

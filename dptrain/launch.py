@@ -278,22 +278,24 @@ def over_hosts(name: str, environ: Mapping[str, str]) -> dict[str, str]:
     return {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": agent(environ)[0]}
 
 
-def crew(n: int, servers: int, standbys: int, argv: Sequence[str], *, together: bool) -> list[str]:
+def crew(
+    n: int, servers: int, standbys: int, argv: Sequence[str], *, together: bool, watched: Path | None = None
+) -> list[str]:
     """The command line that starts parameter servers, so many of them with a segment, and ``n`` workers, without MPI.
 
-    ``together``: one worker of ``n`` processes.
+    ``together``: one worker of ``n`` processes. The file ``watched`` says later how many there are to be.
     """
-    workers, processes = (1, n) if together else (n, 1)
-    numbers = map(str, (workers, processes, servers, standbys))
-    return [sys.executable, "-P", "-m", "dptrain.crew", *numbers, *argv]
+    how = ["--together" if together else "--apart", str(watched or ""), *map(str, (n, servers, standbys))]
+    return [sys.executable, "-P", "-m", "dptrain.crew", *how, *argv]
 
 
-def crew_over_nodes(nodes: Sequence[Host], data: str, argv: Sequence[str]) -> list[str]:
+def crew_over_nodes(nodes: Sequence[Host], data: str, argv: Sequence[str], watched: Path | None = None) -> list[str]:
     """The command line that starts a parameter server here and a worker on each of a server's nodes, without MPI.
 
-    ``data``: the file or folder that nodes are given; "" for none.
+    ``data``: the file or folder that nodes are given; "" for none. The hostfile ``watched`` says later which nodes.
     """
-    return [sys.executable, "-P", "-m", "dptrain.crew", "--nodes", listed(nodes), data, *argv]
+    how = ["--nodes", str(watched or ""), listed(nodes), data]
+    return [sys.executable, "-P", "-m", "dptrain.crew", *how, *argv]
 
 
 def needs(name: str, n: int) -> dict[str, str]:

@@ -119,7 +119,7 @@ class Launcher:
             return self._launch(start)
 
     def _launch(self, start: Start) -> Outcome:
-        for name in (supervision.RUN, supervision.FAILURE, supervision.ENDED, supervision.LOST):
+        for name in (supervision.RUN, supervision.FAILURE, supervision.ENDED, supervision.LOST, supervision.PRESENT):
             (self._folder / name).unlink(missing_ok=True)
         env = {**self._places(), **start.env, supervision.FOLDER: str(self._folder)}
         if start.far:

@@ -24,6 +24,9 @@ RUN, FAILURE, ENDED, LOST = "run.json", "failure.json", "ended.jsonl", "lost.jso
 """Of the folder: where the run is kept, the error that failed the job, the workers that a watchdog ended, and why a
 worker waits for the others no more."""
 
+PRESENT = "present.json"
+"""Of the folder: how many processes compute for a parameter server."""
+
 SUPERVISOR = "supervisor"
 """Of the folder: the supervisor's process id, in a file that is locked for as long as it lives."""
 
@@ -47,6 +50,18 @@ def opened(run_dir: Path, attempt: int, step: int) -> None:
 def failed(code: int, error: str) -> None:
     """The job failed of an error, which all workers leave with: it is no fault, and starting again would not help."""
     _tell(FAILURE, {"code": code, "error": error})
+
+
+def meet(processes: int) -> None:
+    """So many processes compute for a parameter server now."""
+    _tell(PRESENT, {"processes": processes})
+
+
+def present() -> int:
+    """How many do; 0 where that is not known."""
+    with contextlib.suppress(OSError, ValueError, KeyError), open(os.path.join(os.environ[FOLDER], PRESENT)) as file:
+        return int(json.load(file)["processes"])
+    return 0
 
 
 def lost(error: str) -> None:

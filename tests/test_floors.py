@@ -38,7 +38,7 @@ FLOORS = [
     {"worker", "watch", "chronicle", "assemble", "beginning", "parts", "trace", "meeting", "recovery", "watchdog"}
     | {"corruption"},
     {"companion", "training", "origin", "result", "plan", "launch", "ranks", "api", "launcher", "scratch", "supervise"}
-    | {"serve", "joined", "crew", "hosts", "lending", "export", "onnx_graph", "comparison", "replay"},
+    | {"serve", "joined", "crew", "wanted", "hosts", "lending", "export", "onnx_graph", "comparison", "replay"},
     {"service"},
     {"cli"},
 ]

@@ -110,6 +110,14 @@ def run(
         int | None,
         typer.Option("-n", metavar="N", help="Start N workers on this machine. Default: this process alone."),
     ] = None,
+    workers_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--workers-file",
+            metavar="FILE",
+            help="With exchange ps: holds the number of workers; write another, and they come or leave at a step.",
+        ),
+    ] = None,
     hostfile: Annotated[
         Path | None,
         typer.Option(
@@ -167,7 +175,7 @@ def run(
         *([f"exchange.servers={servers}"] if servers is not None else []),
         *(["exchange.standby=true"] if standby else []),
     )
-    asked = Request(job, assignments, n, run_dir, resume, progress.value, trace, max_restarts, hostfile)
+    asked = Request(job, assignments, n, run_dir, resume, progress.value, trace, max_restarts, hostfile, workers_file)
     raise typer.Exit(train(asked, context.obj.place, context.obj.leader))
 
 

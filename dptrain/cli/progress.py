@@ -92,6 +92,8 @@ class Plain(Silent):
         self._next = now + self.every
         shown = {"step": line.get("step"), "epoch": line.get("epoch"), "loss": line.get("loss")}
         shown |= {"lr": line.get("lr"), "samples/s": line.get("samples_per_second")}
+        if "workers" in line:
+            shown["workers"] = line["workers"]
         print(pairs(shown | evaluated(line)), file=self.out, flush=True)
 
 

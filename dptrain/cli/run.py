@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dptrain import afar, launch
+from dptrain import afar, launch, wanted
 from dptrain.cli import terminal
 from dptrain.cli.progress import Mode, observer
 from dptrain.errors import LaunchError, UnreachableError, UsageError
@@ -30,6 +30,7 @@ class Request(NamedTuple):
     trace: Path | None = None
     max_restarts: int | None = None
     hostfile: Path | None = None
+    workers_file: Path | None = None
 
     def argv(self, place: bool = True) -> list[str]:
         """The arguments that ask a worker for the same again; ``place`` False leaves out what this run wrote."""
@@ -48,6 +49,8 @@ def train(request: Request, place: launch.Announced, leader: Any) -> int:
     hosts: tuple[Host, ...] = ()
     if request.hostfile is not None:
         request, hosts = _placed(request, place)
+    if request.workers_file is not None:
+        request = _wanted(request, place)
     if request.n is not None:
         launch.refuse_count(request.n, place)
     if request.max_restarts is not None and (request.n is None or place.rank is not None):
@@ -99,6 +102,38 @@ def _placed(request: Request, place: launch.Announced) -> tuple[Request, tuple[H
             "-n", expected=f"at most {slots}, the slots in {request.hostfile}", found=str(request.n), cure="add slots"
         )
     return request._replace(n=slots if request.n is None else request.n), hosts
+
+
+def _wanted(request: Request, place: launch.Announced) -> Request:
+    """The request with the number of workers of its file, or the file with that of the request. Raises UsageError."""
+    path = request.workers_file
+    assert path is not None
+    if place.rank is not None or request.hostfile is not None or not _wants_server(request):
+        raise UsageError(
+            "--workers-file",
+            expected='exchange.type = "ps" on this machine, whose workers come and go',
+            found="--hostfile"
+            if request.hostfile is not None
+            else "a launcher"
+            if place.rank is not None
+            else "another",
+            cure="leave it out; a job over MPI takes another -n with --resume",
+        )
+    if request.n is None:
+        found = wanted.read(path)
+        if wanted.HERE not in found:
+            raise UsageError(str(path), expected="a number of workers", found="nodes", cure="write one")
+        return request._replace(n=found[wanted.HERE])
+    try:
+        path.write_text(wanted.text_of({wanted.HERE: request.n}))
+    except OSError as error:
+        raise UsageError(
+            "--workers-file",
+            expected="a file that can be written",
+            found=f"{path}: {error.strerror}",
+            cure="name another",
+        ) from None
+    return request
 
 
 def _answering(
@@ -192,11 +227,17 @@ def _start(request: Request, width: int | None, hosts: tuple[Host, ...]) -> int:
         first, started = not started, True
         said = environ if run_dir is None else keyless
         if servers and hosts:
-            return Start(launch.crew_over_nodes(spread(n, hosts), data, again.argv()[1:]), said, servers)
+            assert request.hostfile is not None
+            # It may name others by now.
+            there = hosts if first else read(request.hostfile)
+            count = n if first else sum(host.slots for host in there)
+            watched = request.hostfile.resolve()
+            return Start(launch.crew_over_nodes(spread(count, there), data, again.argv()[1:], watched), said, servers)
         if servers:
             # One worker alone has nothing to be late with.
             together = exchange.host_sum and exchange.in_step
-            line = launch.crew(n, exchange.servers, standbys, again.argv()[1:], together=together)
+            file = None if request.workers_file is None else request.workers_file.resolve()
+            line = launch.crew(n, exchange.servers, standbys, again.argv()[1:], together=together, watched=file)
             return Start(line, said, servers)
         if not hosts:
             return Start(*launch.command(n, again.argv(), said, live=mode == "bar"), n)

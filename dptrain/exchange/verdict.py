@@ -40,7 +40,7 @@ class Verdict(NamedTuple):
 
     ``failures`` are (rank, exit code) of workers that failed; ``compute`` and ``wait`` are seconds, per worker;
     ``phases`` those of each phase since the run began, (workers, phases). ``arrival`` tells of which batch the step is,
-    where that is not the next one in any case.
+    where that is not the next one in any case. ``workers``: how many compute, where they come and go; else 0.
     """
 
     weight: float
@@ -55,6 +55,7 @@ class Verdict(NamedTuple):
     wait: tuple[float, ...]
     phases: npt.NDArray[np.float64]
     arrival: Arrival | None = None
+    workers: int = 0
 
     @property
     def share(self) -> float:

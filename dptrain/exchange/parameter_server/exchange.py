@@ -277,7 +277,9 @@ class ParameterServer(Exchange):
             with self.hub.changed:
                 self._ledger.committed(Age(after.step, after.updates), self._computed_by)
         self._publish(after)
-        return after, verdict
+        with self.hub.changed:
+            workers = self.hub.present()
+        return after, verdict._replace(workers=workers)
 
     def _choose(self) -> None:
         """Have all servers add up the same leases: those that the chief has chosen."""

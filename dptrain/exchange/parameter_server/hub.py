@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dptrain import errors
+from dptrain import errors, supervision
 from dptrain.errors import ArithmeticMismatch, BusyError, DataError, DptrainError, LaunchError, WorkerLost
 from dptrain.exchange.parameter_server.codec import Piece, Version
 from dptrain.exchange.parameter_server.intake import Intake
@@ -202,6 +202,10 @@ class Hub:
             for lease in leases:
                 self.open.pop(lease, None)
 
+    def present(self) -> int:
+        """How many processes compute; to be called with ``changed`` held."""
+        return sum(member.processes for member in self.members.values() if member.working)
+
     def working(self) -> list[int]:
         """The members that have begun to work; to be called with ``changed`` held.
 
@@ -234,6 +238,7 @@ class Hub:
         assert self.part is not None
         self.part.outlet.forget(number)
         self.part.tell(pb.Notice(lost=number), range(len(self.part.servers)))
+        supervision.meet(self.present())
         self.changed.notify_all()
 
     def close(self, code: int) -> None:
@@ -349,6 +354,7 @@ class Hub:
         """The member's tasks, until it is gone."""
         with self.changed:
             member.working = True
+            supervision.meet(self.present())
             self.changed.notify_all()
         while (task := member.tasks.get()) is not None:
             yield task

@@ -242,7 +242,7 @@ export class JobView {
     this.happened.dataset.size = curve.events.length;
     this.happened.replaceChildren(h("h3", {}, "On the way"), h("ul", {}, curve.events.slice(-100).reverse().map((event) => h("li", {},
       h("span", { class: "at" }, event.step === undefined ? "" : `step ${number(event.step)}`),
-      h("span", { class: `badge ${event.event === "recovery" ? "" : "warn"}` }, event.event),
+      h("span", { class: `badge ${["recovery", "workers"].includes(event.event) ? "" : "warn"}` }, event.event),
       h("span", {}, sentence(event))))));
   }
 
@@ -330,6 +330,7 @@ function sentence(event) {
     const who = event.died.map((one) => `worker ${one.rank}${one.phase ? `, last seen in ${one.phase}` : ""}${one.hung ? ", hung" : ""}`).join("; ");
     return `lost ${who}. The other ${event.workers} went on after ${duration(event.seconds)}`;
   }
+  if (event.event === "workers") return `now ${event.workers} ${event.workers === 1 ? "worker" : "workers"}, ${event.before} before`;
   if (event.event === "corruption") return `${event.what}; back to step ${number(event.back_to)}`;
   const { event: kind, step, attempt, ...rest } = event;
   return Object.entries(rest).map(([key, value]) => `${key} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ");
