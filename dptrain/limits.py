@@ -2,8 +2,11 @@
 
 import ctypes
 import os
+import resource
 from pathlib import Path
 from typing import NamedTuple
+
+from dptrain.errors import OutOfMemory
 
 
 class Limits(NamedTuple):
@@ -29,6 +32,27 @@ def limits(proc: Path = Path("/proc"), mount: Path = Path("/sys/fs/cgroup")) -> 
                 if bound is not None and bound < 1 << 60:
                     memory.append(bound)
     return Limits(len(os.sched_getaffinity(0)), min(cpus, default=None), min(memory, default=None))
+
+
+def most_data() -> int | None:
+    """How many bytes of data this process may take by its resource limit (RLIMIT_DATA); None: as many as there are."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def shortage(where: str, failure: MemoryError, needed: int) -> OutOfMemory:
+    """What ends a process that is refused memory, and has needed so many bytes up to there."""
+    most = most_data()
+    if most is None:
+        expected = f"room for one more array beside the {needed >> 20} MB that this worker has needed so far"
+        cure = "start fewer workers here or lower train.batch_size; "
+    else:
+        expected = f"to get by with {most / 1e9:.3g} GB of memory, the limit of each process"
+        cure = "raise it (--job-memory of `dptrain serve`, or `ulimit -d`), or lower train.batch_size; "
+    found = str(failure) or f"a need of more than {needed >> 20} MB"
+    return OutOfMemory(
+        where, expected=expected, found=found, cure=cure + "`dptrain check -n N` says what each worker needs"
+    )
 
 
 def _groups(proc: Path) -> list[tuple[str, str]]:

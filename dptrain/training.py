@@ -3,11 +3,12 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dptrain import afar, arithmetic, supervision
+from dptrain import afar, arithmetic, presence, supervision
 from dptrain.chronicle import Chronicle
 from dptrain.corruption import Auditor, set_aside
 from dptrain.errors import CorruptionError, ResidualsLost, WorkerLost
@@ -80,7 +81,9 @@ class _Run:
         return self.communicator.rank == 0
 
     def go(self) -> Result:
-        with self.stop.listening():
+        with self.stop.listening(), ExitStack() as left:
+            if self.wanted_dir is not None and self.resume:
+                left.enter_context(presence.alive(self.wanted_dir))
             if self.wanted_trace is not None:
                 self.trace = Trace(self.wanted_trace, self.communicator)
                 self.phases = self.trace.phases
@@ -95,6 +98,7 @@ class _Run:
                 warned=lambda text: self.observer.warned(text),
             )
             state = self.origin.begin()
+            left.enter_context(presence.alive(self.origin.run_dir))
             self.chronicle = self._chronicle()
             together(self.communicator, "opening the journal", self._lead if self.chief else lambda: None)
             self.attempt = self.communicator.broadcast_json(self.attempt, "opening the journal")

@@ -13,8 +13,9 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from dptrain import limits
 from dptrain.arithmetic import peak_memory
-from dptrain.errors import DptrainError, NonFiniteError, OutOfMemory, PeerFailed, WorkerCrashed, exit_code
+from dptrain.errors import DptrainError, NonFiniteError, PeerFailed, WorkerCrashed, exit_code
 from dptrain.exchange.communicator import Communicator
 from dptrain.exchange.protocol import Exchange
 from dptrain.exchange.verdict import Report, Verdict
@@ -343,11 +344,6 @@ def told_at(failure: BaseException, where: str) -> DptrainError:
     if isinstance(failure, DptrainError):
         return failure
     if isinstance(failure, MemoryError):
-        return OutOfMemory(
-            where,
-            expected=f"room for one more array beside the {peak_memory() >> 20} MB that this worker has needed so far",
-            found=str(failure) or "none",
-            cure="start fewer workers here or lower train.batch_size; `dptrain check -n N` says what each needs",
-        )
+        return limits.shortage(where, failure, peak_memory())
     why = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
     return WorkerCrashed(where, expected="no exception", found=why, cure="its traceback tells where")

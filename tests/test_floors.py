@@ -26,6 +26,7 @@ FLOORS = [
         "board",
         "processes",
         "supervision",
+        "presence",
         "rsh",
         "afar",
         "appended",

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import dptrain
-from dptrain import parts, rundir
+from dptrain import limits, parts, rundir
 from dptrain.data import store
 from dptrain.errors import (
     ArithmeticMismatch,
@@ -313,6 +313,19 @@ def test_where_memory_ends_it_says_for_what_and_how_much_there_was(tmp_path: Pat
     assert "192. TiB" in caught.value.found
     assert "(17592186044416, 3)" in caught.value.found
     assert caught.value.exit_code == exit_code(MemoryError()) == 2
+
+
+def test_where_a_limit_ends_it_says_which_and_how_to_lift_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def ask() -> None:
+        np.zeros((1 << 44, 3), np.float32)
+
+    monkeypatch.setattr(limits, "most_data", lambda: 1_500_000_000)
+    with pytest.raises(OutOfMemory) as caught:
+        dptrain.train(job(), model=Counting(23, ask), run_dir=tmp_path)
+    assert caught.value.where == "rank 0 at step 3 in forward and backward"
+    assert caught.value.expected == "to get by with 1.5 GB of memory, the limit of each process"
+    assert "192. TiB" in caught.value.found
+    assert "--job-memory" in caught.value.cure
 
 
 def test_an_exception_while_evaluating_says_so(tmp_path: Path) -> None:

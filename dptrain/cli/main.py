@@ -1,6 +1,7 @@
 """The console script. A worker that is not the first imports nothing of the command line."""
 
 import os
+import resource
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dptrain import launch, supervision
 from dptrain.errors import DeadlineError, DptrainError, PeerFailed, WorkerLost, exit_code
+from dptrain.limits import shortage
 
 if TYPE_CHECKING:
     from dptrain.cli.progress import Silent
@@ -49,6 +51,11 @@ def _code_of(action: Callable[[], None], place: launch.Announced) -> int:
     except DptrainError as error:
         tell(error, place)
         return exit_code(error)
+    except MemoryError as error:
+        # Before there is a worker that could tell where: while libraries are loaded.
+        found = shortage("starting", error, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        tell(found, place)
+        return exit_code(found)
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dptrain import rundir
+from dptrain import presence, rundir
 from dptrain.errors import DptrainError, NotFoundError, RefusedTransition
 from dptrain.journal import attempt_of
 from dptrain.service import books
@@ -118,7 +118,8 @@ class Runs:
         """A run as it is; past a time without what its journal says, if that was never read."""
         marks = tuple(_mark(path / name) for name in (rundir.JOB, rundir.JOURNAL, rundir.RESULT, rundir.RESTARTS))
         told, size = marks[1]
-        silent = time.time() - max(told, marks[0][0]) > SILENT
+        # While data is read, and in a long step, nothing is written.
+        silent = time.time() - max(told, marks[0][0]) > SILENT and not presence.occupied(path)
         with self._lock:
             known = self._known.get(path)
             if known is None and time.monotonic() > until:

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
+from dptrain import presence
 from dptrain.service.page.curves import Thinned
 from dptrain.service.page.reading import Local
 from dptrain.service.page.runs import MOST, POINTS, Runs
@@ -74,3 +76,18 @@ def test_values_are_thinned_and_stay_in_order() -> None:
         assert len(thinned.values) < 2 * POINTS
     assert len(thinned.values) >= POINTS
     assert {b - a for a, b in itertools.pairwise(thinned.values)} == {32.0}
+
+
+def test_who_reads_data_for_long_lives_and_who_is_gone_does_not(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").touch()
+    journal = tmp_path / "journal.jsonl"
+    long_ago = 1e9
+    os.utime(tmp_path / "job.toml", (long_ago, long_ago))
+    reading, who = Runs(tmp_path), Local()
+    assert reading.job(who, tmp_path.name).state == "FAILED"
+    with presence.alive(tmp_path):
+        assert reading.job(who, tmp_path.name).state == "STARTING"
+        journal.write_text(line(1))
+        os.utime(journal, (long_ago, long_ago))
+        assert reading.job(who, tmp_path.name).state == "RUNNING"
+    assert reading.job(who, tmp_path.name).state == "FAILED"

@@ -1,0 +1,43 @@
+"""Whether anybody trains in a run directory: who does has a file of it locked, and locks end with whoever has them."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ALIVE = ".alive"
+
+
+@contextlib.contextmanager
+def alive(path: Path) -> Iterator[None]:
+    """Within it, and as long as this process lives, whoever asks finds the run ``occupied``."""
+    try:
+        handle = os.open(path / ALIVE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        # A sign of life is not worth a run.
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
+def occupied(path: Path) -> bool:
+    """Whether a process of this machine, or of one that shares the folder with its locks, trains there."""
+    try:
+        handle = os.open(path / ALIVE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
