@@ -10,6 +10,7 @@ import typer
 
 from dptrain import launch
 from dptrain.cli import access, nodes, service
+from dptrain.cli.access import Reach, asking
 
 app = typer.Typer(
     name="dptrain",
@@ -312,7 +313,9 @@ def predict(
 
 
 @app.command(epilog="Example: [bold]dptrain export runs/digits --format onnx --out digits.onnx[/]")
+@asking
 def export(
+    reach: Reach,
     run: RunOrJob,
     kind: Annotated[Kind, typer.Option("--format", help="onnx needs the extra of that name.")],
     out: Annotated[
@@ -321,15 +324,12 @@ def export(
             "--out", metavar="FILE", help="Default: model.safetensors or model.onnx in the run; for a job here."
         ),
     ] = None,
-    server: service.Server = None,
-    token_file: service.TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Write a run's model to one file that other programs read: from raw features to outputs."""
     from dptrain.cli import brought
     from dptrain.export import SUFFIXES, export
 
-    with brought.runs([run], server, token_file, tls_ca, brought.model) as [home]:
+    with brought.runs([run], reach, brought.model) as [home]:
         here = None if home == Path(run) else Path(f"model{SUFFIXES[kind]}")
         print(export(home, kind.value, out or here))
 
@@ -337,7 +337,9 @@ def export(
 @app.command(
     epilog="Example: [bold]dptrain compare runs/a runs/b --json[/]",
 )
+@asking
 def compare(
+    reach: Reach,
     runs: Annotated[
         list[str],
         typer.Argument(
@@ -349,15 +351,12 @@ def compare(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     output: service.Form = service.Output.table,
-    server: service.Server = None,
-    token_file: service.TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Say in what runs differ: the job's keys, figures, bits, speed; and draw their curves."""
     from dptrain.cli import brought
     from dptrain.cli.compare import show
 
-    with brought.runs(runs, server, token_file, tls_ca, brought.story) as homes:
+    with brought.runs(runs, reach, brought.story) as homes:
         show(homes, as_json or output is service.Output.json)
 
 

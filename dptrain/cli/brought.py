@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dptrain import rundir
+from dptrain.cli.access import Reach
 from dptrain.errors import UnreachableError
 
 _REFERENCE = re.compile(r"@latest|[0-9a-z]{1,12}", re.ASCII)
@@ -26,9 +27,7 @@ def story(path: str) -> bool:
 
 
 @contextmanager
-def runs(
-    named: Sequence[str], server: str | None, token_file: Path | None, tls_ca: Path | None, wanted: Wanted
-) -> Iterator[list[Path]]:
+def runs(named: Sequence[str], reach: Reach, wanted: Wanted) -> Iterator[list[Path]]:
     """The run directories that are meant, in order. A path that is there comes first; else it is a job's ID.
 
     Jobs are brought into a temporary folder, each in one of its ID's name. Raises UnreachableError where what is no
@@ -40,7 +39,7 @@ def runs(
         return
     with tempfile.TemporaryDirectory(prefix="dptrain-") as folder:
         try:
-            homes = _bring(asked, Path(folder), server, token_file, tls_ca, wanted)
+            homes = _bring(asked, Path(folder), reach, wanted)
         except UnreachableError as error:
             raise UnreachableError(
                 ", ".join(asked),
@@ -51,13 +50,9 @@ def runs(
         yield [homes.get(name, Path(name)) for name in named]
 
 
-def _bring(
-    asked: Sequence[str], folder: Path, server: str | None, token_file: Path | None, tls_ca: Path | None, wanted: Wanted
-) -> dict[str, Path]:
-    from dptrain.cli.service import connected
-
+def _bring(asked: Sequence[str], folder: Path, reach: Reach, wanted: Wanted) -> dict[str, Path]:
     homes = {}
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         for name in asked:
             job = client.job(name).id
             homes[name] = folder / job

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from dptrain.cli import access
-from dptrain.cli.service import Form, Output, Server, TokenFile, connected, console
+from dptrain.cli.access import Reach, Server, TokenFile, asking
+from dptrain.cli.service import Form, Output, console
 
 nodes = typer.Typer(
     help="The machines of a server: list them, or have one take no new work.", invoke_without_command=True
@@ -59,19 +60,18 @@ def health(server: Server = None, token_file: TokenFile = None, tls_ca: access.T
 
 
 @nodes.callback(epilog="Example: [bold]dptrain nodes drain node-3[/]")
+@asking
 def listed(
+    reach: Reach,
     context: typer.Context,
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """List the machines of a server, their slots and states."""
     if context.invoked_subcommand is not None:
         return
     from dptrain.cli.service_shown import all_as_json, nodes_table
 
-    with connected(server, token_file, tls_ca) as made:
+    with reach.client() as made:
         found = made.nodes()
     if output is Output.json:
         print(all_as_json(found))
@@ -80,16 +80,18 @@ def listed(
 
 
 @nodes.command("drain", epilog="Example: [bold]dptrain nodes drain node-3[/]")
-def drain(node: Node, server: Server = None, token_file: TokenFile = None, tls_ca: access.TlsCa = None) -> None:
+@asking
+def drain(reach: Reach, node: Node) -> None:
     """Have a node take no new work."""
-    with connected(server, token_file, tls_ca) as made:
+    with reach.client() as made:
         print(_sentence(made.drain(node).name, "takes no new work"))
 
 
 @nodes.command("resume", epilog="Example: [bold]dptrain nodes resume node-3[/]")
-def resume(node: Node, server: Server = None, token_file: TokenFile = None, tls_ca: access.TlsCa = None) -> None:
+@asking
+def resume(reach: Reach, node: Node) -> None:
     """Have a node take work again that was drained."""
-    with connected(server, token_file, tls_ca) as made:
+    with reach.client() as made:
         print(_sentence(made.resume_node(node).name, "takes work"))
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dptrain.cli import access
+from dptrain.cli.access import Reach, asking
 from dptrain.errors import DptrainError, UsageError
 
 if TYPE_CHECKING:
@@ -57,14 +58,6 @@ def complete_job(context: typer.Context, incomplete: str) -> list[tuple[str, str
         return []
 
 
-Server = Annotated[
-    str | None,
-    typer.Option("--server", metavar="ADDRESS", envvar="DPTRAIN_SERVER", help="Default: this machine's server."),
-]
-TokenFile = Annotated[
-    Path | None,
-    typer.Option("--token-file", metavar="FILE", help="Default: DPTRAIN_TOKEN, or the server's own on this machine."),
-]
 Form = Annotated[Output, typer.Option("-o", "--output", help="A table, or JSON.")]
 JobId = Annotated[
     str,
@@ -137,7 +130,9 @@ def serve(
     keep_serving(options)
 
 
+@asking
 def submit(
+    reach: Reach,
     job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.", show_default=False)],
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Show its log until it ends.")] = False,
     workers: Annotated[
@@ -158,14 +153,11 @@ def submit(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all of it, submit nothing.")] = False,
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Submit a job. When the command ends the job is on the server's disk."""
     from dptrain.cli.service_shown import as_json
 
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         found = client.submit(
             job,
             workers=workers,
@@ -188,7 +180,9 @@ def submit(
             raise typer.Exit(_follow(client, found.id, output))
 
 
+@asking
 def jobs(
+    reach: Reach,
     everything: Annotated[bool, typer.Option("-a", "--all", help="Those that have ended too.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show them again every second, until Ctrl-C.")] = False,
     filter_text: Annotated[
@@ -199,9 +193,6 @@ def jobs(
     ] = "",
     limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="At most so many.")] = 100,
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """List jobs, the newest first."""
     from itertools import islice
@@ -209,7 +200,7 @@ def jobs(
     from dptrain.cli.service_shown import all_as_json, jobs_table
 
     terms = filter_text if everything else f"active=true {filter_text}"
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
 
         def shown() -> Any:
             pages = client.jobs(terms, order_by=order, page_size=min(limit, 1000), progress=True)
@@ -226,19 +217,20 @@ def jobs(
             console().print(shown())
 
 
+@asking
 def show(
+    reach: Reach,
     job: JobId = "@latest",
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Tell all of one job."""
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         _tell(client.job(job), output)
 
 
+@asking
 def logs(
+    reach: Reach,
     job: JobId = "@latest",
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends. Ctrl-C detaches.")] = False,
     rank: Annotated[int | None, typer.Option("--rank", min=0, help="Only this worker's lines.")] = None,
@@ -247,25 +239,21 @@ def logs(
     ] = "",
     tail: Annotated[int, typer.Option("--tail", metavar="N", min=0, help="Only the last N lines. 0: all.")] = 0,
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Show what a job printed. With -f the exit code is the job's: 0 done, 1 failed or cancelled."""
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         start = _moment(since) if since else None
         raise typer.Exit(_follow(client, job, output, follow=follow, rank=rank, since=start, tail=tail))
 
 
+@asking
 def wait(
+    reach: Reach,
     job: JobId = "@latest",
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Return when a job has ended, with its exit code: 0 done, 1 failed or cancelled."""
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         found = client.job(job)
         with _detachable(f"dptrain wait {found.id}"):
             found = client.wait(found.id)
@@ -273,88 +261,82 @@ def wait(
         raise typer.Exit(_code(found.state))
 
 
+@asking
 def cancel(
+    reach: Reach,
     job: JobId,
     grace: Annotated[float, typer.Option("--grace", metavar="SECONDS", min=0, help="For a last checkpoint.")] = 30.0,
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """End a job; it writes a checkpoint within the grace."""
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         _tell(client.cancel(job, grace=timedelta(seconds=grace)), output, short=True)
 
 
+@asking
 def pause(
+    reach: Reach,
     job: JobId,
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Stop a job with a checkpoint, and give its slots to others."""
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         _tell(client.pause(job), output, short=True)
 
 
+@asking
 def resume(
+    reach: Reach,
     job: JobId,
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Queue a paused job again."""
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         _tell(client.resume(job), output, short=True)
 
 
+@asking
 def retry(
+    reach: Reach,
     job: JobId,
     step: Annotated[
         int | None, typer.Option("--from-step", min=0, help="The checkpoint to go on from. Default: the newest.")
     ] = None,
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Queue a failed or cancelled job again; it goes on from a checkpoint."""
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         _tell(client.retry(job, from_step=step), output, short=True)
 
 
+@asking
 def delete(
+    reach: Reach,
     job: JobId,
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Remove a job that has ended, with all of its files."""
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         found = client.job(job).id
         client.delete(found)
         if output is Output.json:
             print(json.dumps({"id": found}))
 
 
+@asking
 def metrics(
+    reach: Reach,
     job: JobId = "@latest",
     names: Annotated[
         list[str] | None, typer.Option("--name", metavar="NAME", help='Such as loss or "metric.*". Repeatable.')
     ] = None,
     points: Annotated[int, typer.Option("--points", min=1, help="At most so many a curve.")] = 500,
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Show a job's curves."""
     from dptrain.cli.service_shown import as_json, series_table
 
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         found = client.metrics(job, names or (), max_points=points)
         if output is Output.json:
             print(as_json(found))
@@ -362,18 +344,17 @@ def metrics(
             console().print(series_table(found))
 
 
+@asking
 def download(
+    reach: Reach,
     job: JobId,
     to: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="Default: ./JOB", show_default=False)] = None,
     path: Annotated[str, typer.Option("--path", help="One file of the run. Default: all but checkpoints.")] = "",
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Checkpoints too.")] = False,
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Bring a job's run home, for `dptrain eval`, `predict` and `export`. Every file is checked."""
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         found = client.job(job).id
         target = to or Path(found)
         if path:
@@ -383,33 +364,31 @@ def download(
         print(json.dumps({"id": found, "path": str(target)}) if output is Output.json else target)
 
 
+@asking
 def upload(
+    reach: Reach,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Data for jobs.", show_default=False)],
     name: Annotated[str, typer.Option("--name", help="What jobs call it in data.source. Default: the file's.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace one of that name.")] = False,
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Bring data to the server."""
     from dptrain.cli.service_shown import as_json
 
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         found = client.upload(file, name, overwrite=overwrite)
         print(as_json(found) if output is Output.json else f'{found.size} bytes: data.source = "{found.name}"')
 
 
+@asking
 def cluster(
+    reach: Reach,
     output: Form = Output.table,
-    server: Server = None,
-    token_file: TokenFile = None,
-    tls_ca: access.TlsCa = None,
 ) -> None:
     """Say who the server is, and which machines it has."""
     from dptrain.cli.service_shown import all_as_json, nodes_table, pairs_table
 
-    with connected(server, token_file, tls_ca) as client:
+    with reach.client() as client:
         info, nodes = client.info(), client.nodes()
         if output is Output.json:
             print(all_as_json([info, *nodes]))
@@ -442,16 +421,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     for command, example in COMMANDS:
         app.command(rich_help_panel="Service", epilog=f"Example: [bold]{example}[/]")(command)
-
-
-@contextmanager
-def connected(server: str | None, token_file: Path | None, tls_ca: Path | None) -> Iterator["Client"]:
-    """A client of the server that the command line means."""
-    from dptrain.service.client import Client
-    from dptrain.wire.security import ClientTls
-
-    with Client(server, token_file=token_file, tls=None if tls_ca is None else ClientTls(tls_ca)) as client:
-        yield client
 
 
 def _follow(
