@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from dptrain import supervision
 from dptrain.afar import TICKET
 
 NODES = "DPTRAIN_NODES"
@@ -114,7 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Not on a command line, which every user of a machine can read.
             asked["token"] = os.environ.get("DPTRAIN_TOKEN", "")
         server.sendall(json.dumps({"node": host, **asked}).encode() + b"\n")
-        return _follow(server, host)
+        code, why = _follow(server, host)
+        if code == UNREACHED and "program" in asked:
+            # Hydra would wait for its proxy there, and workers for those that were with it.
+            supervision.lost(why)
+        return code
 
 
 def _reach(server: socket.socket, folder: str) -> bool:
@@ -131,8 +136,8 @@ def _reach(server: socket.socket, folder: str) -> bool:
             return True
 
 
-def _follow(server: socket.socket, host: str) -> int:
-    """Print what comes, until the end."""
+def _follow(server: socket.socket, host: str) -> tuple[int, str]:
+    """Print what comes, until the end: the code, and why where there was no program to end."""
     with server.makefile("rb") as frames:
         while head := frames.read(HEAD.size):
             kind, length = HEAD.unpack(head)
@@ -141,9 +146,10 @@ def _follow(server: socket.socket, host: str) -> int:
                 said = json.loads(content)
                 if said["why"]:
                     print(f"dptrain-rsh: {said['why']}", file=sys.stderr, flush=True)
-                return int(said["code"])
+                return int(said["code"]), str(said["why"])
             os.write(2 if kind == b"e" else 1, content)
-    return _fail(f"node {host}: the server is gone")
+    gone = f"node {host}: the server is gone"
+    return _fail(gone), gone
 
 
 def _fail(why: str) -> int:

@@ -21,6 +21,14 @@ def agent(
     server: Server = None,
     slots: Annotated[int, typer.Option("--slots", metavar="N", help="How many workers this machine takes.")] = 1,
     name: Annotated[str, typer.Option("--name", help="Of this node. Default: the host's.")] = "",
+    by: Annotated[
+        str,
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            help="Of this machine, in the network that MPI is to use. Default: by which it reaches the server.",
+        ),
+    ] = "",
     ready: Annotated[
         Path | None, typer.Option("--ready", metavar="FILE", help="Exists while it takes part: for health checks.")
     ] = None,
@@ -35,7 +43,9 @@ def agent(
     from dptrain.wire.security import Calling, ClientTls
 
     place = address.parse(server or DEFAULT_SERVER)
-    said = agent.registration(name, slots, place)
+    if by:
+        agent.use(by, os.environ)
+    said = agent.registration(name, slots, place, by)
     tls = None if tls_ca is None else ClientTls(tls_ca)
     handler = log.begin(sys.stderr)
     try:

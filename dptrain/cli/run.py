@@ -161,9 +161,9 @@ def _answering(
             loan.close()
         raise UnreachableError(
             "; ".join(f"node {name}" for name in wrong),
-            expected="an answer by its agent",
+            expected="to take workers",
             found="; ".join(wrong.values()),
-            cure="see whether `dptrain agent` runs there",
+            cure="remove the cause there; see whether `dptrain agent` runs",
         )
     first = first and not served
     if wrong and (first or not left):

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ import grpc
 from dptrain import arithmetic
 from dptrain.errors import BusyError, DptrainError, StorageError, UnreachableError, UsageError
 from dptrain.service import log
-from dptrain.service.daemons import Daemons
+from dptrain.service.daemons import Daemons, interface_of
 from dptrain.service.model import MOST_WORKERS
 from dptrain.service.nodes import mpi
 from dptrain.v1 import agent_service_pb2 as pb
@@ -42,8 +42,8 @@ LEAVING_SECONDS = 2.0
 _REQUESTS = (signal.SIGTERM, signal.SIGINT)
 
 
-def registration(name: str, slots: int, server: Address) -> pb.Registration:
-    """What this machine is. Raises UsageError for slots that can't be."""
+def registration(name: str, slots: int, server: Address, address: str = "") -> pb.Registration:
+    """What this machine is; others reach it by ``address``, or as the server does. Raises UsageError."""
     if not 1 <= slots <= MOST_WORKERS:
         raise UsageError(
             "--slots", expected=f"1 to {MOST_WORKERS} workers", found=str(slots), cure="one a core is usual"
@@ -57,7 +57,7 @@ def registration(name: str, slots: int, server: Address) -> pb.Registration:
         version=version("dptrain"),
         arithmetic=arithmetic.named(arithmetic.describe("native", 1)),
         fingerprint=arithmetic.kernel_hash(),
-        address=_reached_from(server),
+        address=address or _reached_from(server),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=page * os.sysconf("SC_PHYS_PAGES"),
         mpi=mpi(),
@@ -242,6 +242,20 @@ class _Ready:
                 found=error.strerror or str(error),
                 cure="choose another",
             ) from None
+
+
+def use(address: str, environ: MutableMapping[str, str]) -> None:
+    """Have MPI use the network of this address of the machine's own, unless the environment says another.
+
+    Open MPI takes it from the registration. Raises UsageError.
+    """
+    interface, _ = interface_of(address)
+    if not interface:
+        raise UsageError(
+            "--address", expected="an IPv4 address of this machine", found=address, cure="`ip address` lists them"
+        )
+    environ.setdefault("UCX_NET_DEVICES", interface)
+    environ.setdefault("FI_TCP_IFACE", interface)
 
 
 def _reached_from(server: Address) -> str:

@@ -271,6 +271,14 @@ def environment(environ: Mapping[str, str], address: str) -> dict[str, str]:
 
 def network_of(address: str) -> str:
     """The network, as ADDRESS/BITS, of an IPv4 address's interface; "" for loopback, and where there is none."""
+    return interface_of(address)[1]
+
+
+def interface_of(address: str) -> tuple[str, str]:
+    """The name and the network, as ADDRESS/BITS, of an IPv4 address's interface; "" where there is none.
+
+    Loopback's network is "", as Open MPI's launcher does not listen there.
+    """
     import fcntl
     import ipaddress
     import socket
@@ -286,9 +294,8 @@ def network_of(address: str) -> str:
                 continue
             if socket.inet_ntoa(own) == address:
                 found = ipaddress.ip_interface(f"{address}/{socket.inet_ntoa(mask)}")
-                # Open MPI's launcher does not listen there.
-                return "" if found.is_loopback else str(found.network)
-    return ""
+                return name, "" if found.is_loopback else str(found.network)
+    return "", ""
 
 
 _SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B

@@ -18,6 +18,9 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 DAYS = 825
 NAMES = ("ca", "server", "client")
 
+_EARLIER = timedelta(days=1)
+"""Before now, from when certificates hold: clocks of a cluster's machines may differ by hours."""
+
 
 def init(folder: Path, hosts: Sequence[str] = (), days: int = DAYS) -> list[Path]:
     """Write NAME.crt and NAME.key (0600) for a CA, a server at ``hosts`` and a client; return the files.
@@ -110,7 +113,7 @@ def _builder(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         # An hour back: machines whose clocks are a little behind trust it too.
-        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_before(now - _EARLIER)
         .not_valid_after(until)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )

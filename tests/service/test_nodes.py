@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,7 @@ from dptrain.errors import (
     UsageError,
 )
 from dptrain.rsh import NODES, parsed
+from dptrain.service.agent import use
 from dptrain.service.client import Client
 from dptrain.service.nodes import REMEMBERED_SECONDS, SILENT_SECONDS, Here, Nodes, NodeState, mpi
 from dptrain.service.scheduler import place
@@ -37,6 +38,7 @@ from dptrain.wire.security import Calling
 from dptrain.wire.statuses import told
 from dptrain.wire.tokens import Role, TokenFile
 from tests.faults.live import until
+from tests.service.jobs import JOB
 
 Started = Callable[..., "subprocess.Popen[str]"]
 
@@ -141,8 +143,18 @@ def start(server: JobServer, environ: dict[str, str], tmp_path: Path) -> Iterato
     """Starts agents of the server."""
     with ExitStack() as left:
 
-        def begin(*arguments: str, **changes: str) -> "subprocess.Popen[str]":
-            line = [sys.executable, "-P", "-m", "dptrain", "agent", "--server", str(server.address), *arguments]
+        def begin(*arguments: str, before: Sequence[str] = (), **changes: str) -> "subprocess.Popen[str]":
+            line = [
+                *before,
+                sys.executable,
+                "-P",
+                "-m",
+                "dptrain",
+                "agent",
+                "--server",
+                str(server.address),
+                *arguments,
+            ]
             made = subprocess.Popen(line, env={**environ, **changes}, stderr=subprocess.PIPE, text=True)
             left.callback(made.wait, 30)
             left.callback(made.kill)
@@ -224,6 +236,61 @@ def test_slots_that_can_t_be(start: Started, slots: str) -> None:
     assert f"--slots: expected 1 to 4096 workers, found {slots}" in agent.stderr.read()
 
 
+def test_an_address_that_is_another_machine_s(start: Started) -> None:
+    agent = start("--address", "192.0.2.1")
+    assert agent.wait(30) == 2
+    assert agent.stderr is not None
+    assert "--address: expected an IPv4 address of this machine, found 192.0.2.1" in agent.stderr.read()
+
+
+def test_mpi_uses_the_network_of_the_address_that_an_agent_is_given(client: Client, start: Started) -> None:
+    start("--name", "a", "--address", "127.0.0.1")
+    assert become(client, "a", cluster_service_pb2.NODE_STATE_READY).address == "127.0.0.1"
+    environ = {"FI_TCP_IFACE": "eth7"}
+    use("127.0.0.1", environ)
+    assert environ == {"FI_TCP_IFACE": "eth7", "UCX_NET_DEVICES": "lo"}
+
+
+def hiding(options: str) -> list[str]:
+    """Before an agent's line: its cache is a volume of its own."""
+    return ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o {options} none "$DPTRAIN_CACHE" && exec "$@"', "sh"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="volumes are mounted by root")
+@pytest.mark.parametrize(("options", "why"), [("size=64k", "No space left on device"), ("ro", "Read-only file system")])
+def test_a_node_whose_volume_is_full_or_read_only_says_so_before_a_launch(
+    client: Client, start: Started, server: JobServer, tmp_path: Path, options: str, why: str
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "own.npz").write_bytes(b"x" * (1 << 18))
+    agent = start("--name", "a", before=hiding(options), DPTRAIN_CACHE=str(tmp_path / "cache"))
+    become(client, "a", cluster_service_pb2.NODE_STATE_READY)
+    loan = server.loans.lend({"name": "run", "root": "/r", "files": [str(tmp_path / "own.npz")], "job": {}})
+    code, _, err = said(server, "a", "dptrain", "bring", DPTRAIN_TICKET=loan.ticket)
+    assert code == 126
+    assert len(err.splitlines()) == 1
+    assert err.startswith("dptrain-rsh: node a: ")
+    assert why in err or "without write permission" in err
+    agent.kill()
+    assert agent.stderr is not None
+    assert agent.stderr.read().count('"event": "not brought"') == 1
+
+
+def test_jobs_say_for_which_nodes_they_wait(client: Client, start: Started, tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(JOB)
+    job = client.submit(tmp_path / "job.toml", workers=2)
+    wait_for(client, job.id, "it wants 2 workers, this server has 0 slots")
+    start("--name", "a")
+    wait_for(client, job.id, "it wants 2 workers, this server has 1 slot")
+
+
+def wait_for(client: Client, job: str, message: str) -> None:
+    until = time.monotonic() + 30
+    while not client.job(job).message.endswith(message):
+        assert time.monotonic() < until, client.job(job).message
+        time.sleep(0.02)
+
+
 def test_an_agent_waits_for_its_server_but_not_with_a_wrong_token(
     start: Started, server: JobServer, tmp_path: Path
 ) -> None:
@@ -293,6 +360,8 @@ def test_as_few_nodes_as_can_be(workers: int, free: dict[str, int], placed: dict
         ("dptrain worker --port x --processes 2", None),
         ("dptrain worker --server 10.0.0.9:1", None),
         ("dptrain run", None),
+        ("dptrain bring", {"bring": True}),
+        ("dptrain bring /etc", None),
         ("sh -c id", None),
         ("A=1;export A;id", None),
         ("/opt/bin/prted 'open", None),
@@ -308,14 +377,14 @@ def test_what_a_launcher_may_ask_for(line: str, asked: Any) -> None:
         assert parsed(line) == {"program": asked[0], "arguments": asked[1]}
 
 
-def rsh(server: JobServer, *words: str, **given: Any) -> "subprocess.Popen[str]":
-    environ = {**os.environ, NODES: str(server.options.data)}
+def rsh(server: JobServer, *words: str, **changes: str) -> "subprocess.Popen[str]":
+    environ = {**os.environ, NODES: str(server.options.data), **changes}
     line = [str(Path(sys.executable).parent / "dptrain-rsh"), *words]
-    return subprocess.Popen(line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **given)
+    return subprocess.Popen(line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def said(server: JobServer, *words: str) -> tuple[int, str, str]:
-    with rsh(server, *words) as made:
+def said(server: JobServer, *words: str, **changes: str) -> tuple[int, str, str]:
+    with rsh(server, *words, **changes) as made:
         out, err = made.communicate(timeout=60)
     return made.returncode, out, err
 
