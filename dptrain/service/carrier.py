@@ -91,6 +91,12 @@ class Carrier:
             # To close it would not wake who reads from it.
             with contextlib.suppress(OSError):
                 caller.shutdown(socket.SHUT_RDWR)
+            # Neither who waits for room here nor who waits for a request is to wait for ever.
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    asked.get_nowait()
+            with contextlib.suppress(queue.Full):
+                asked.put_nowait(None)
             caller.close()
 
     def _hear(self, caller: socket.socket, asked: "queue.Queue[pb.CarryRequest | None]") -> None:
