@@ -10,7 +10,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from dptrain.errors import DptrainError, NotFoundError, RefusedTransition
@@ -20,6 +20,7 @@ from dptrain.service.nodes import NodeState
 from dptrain.service.runner import Alive, Runner
 from dptrain.service.scheduler import Kept, Running, Waiting
 from dptrain.service.store import Store
+from dptrain.wanted import HERE, Workers
 
 Tell = Callable[..., None]
 
@@ -58,6 +59,12 @@ class Conductor:
         self.store, self.runner, self.tell, self.keep = store, run, tell, keep
         self._slots, self._nodes = slots, nodes
         self._placed: dict[str, dict[str, int]] = {}
+        self._changing: set[str] = set()
+        """Of these jobs workers come or leave; so many as asked for are not there yet, or more are."""
+        self._changed_at: dict[str, float] = {}
+        self._short: set[str] = set()
+        """Of these jobs not all came that were asked for."""
+        self._swift: dict[str, bool] = {}
         self.reasons: dict[str, tuple[Reason, str]] = {}
         self._jobs: dict[str, Job] = {}
         self._alive: dict[str, Alive] = {}
@@ -85,6 +92,9 @@ class Conductor:
                 self.tell("job found again", job=job.id, state=job.state.name, launch=job.launch)
                 if self._nodes is not None:
                     self._placed[job.id] = self.runner.placed(job.id)
+                asked = self.runner.asked(job.id) if self._comes_and_goes(job) else None
+                if job.state is State.RUNNING and asked is not None and sum(asked.values()) != job.workers:
+                    self._changing.add(job.id)
                 self._look(job)
         self._thread.start()
 
@@ -204,6 +214,8 @@ class Conductor:
     def _see(self, job: Job) -> None:
         """See whether a job that trains is being started again by its supervisor, or trains again."""
         restart = self.runner.restart(job.id, job.launch)
+        if restart is None and job.state is State.RUNNING and job.id in self._changing:
+            self._see_workers(job)
         if (restart is not None) == (job.state is State.RECOVERING):
             return
 
@@ -213,6 +225,53 @@ class Conductor:
             return verbs.running(now) if restart is None else verbs.restarting(now, restart)
 
         self._change(job.id, decide)
+
+    def _see_workers(self, job: Job) -> None:
+        """See whether the workers have come, or left, that were to."""
+        there, asked = self.runner.there(job.id), self.runner.asked(job.id)
+        if there is None:
+            return
+        workers = sum(there.values())
+        self._changing.discard(job.id)
+        self._changed_at[job.id] = time.time()
+        if dict(there) == dict(asked or {}):
+            self._short.discard(job.id)
+        else:
+            # Who does not come now need not come in a moment.
+            self._short.add(job.id)
+            self._changed_at[job.id] += scheduler.SETTLED
+        if self._nodes is not None:
+            self._placed[job.id] = dict(there)
+        launch = job.launch
+        self.tell("job workers", job=job.id, workers=workers)
+
+        def decide(now: Job) -> Job:
+            same = now.state is State.RUNNING and now.launch == launch
+            return verbs.running(now, workers) if same else now
+
+        self._change(job.id, decide)
+
+    def _comes_and_goes(self, job: Job) -> bool:
+        """Whether its workers can come and leave at a step."""
+        if job.id not in self._swift:
+            # Those of an earlier server come without the text of their job files.
+            whole = job if job.spec.run_toml else self.store.get(job.id)
+            self._swift[job.id] = runner.swift(whole)
+        return self._swift[job.id]
+
+    def _reshape(self, job: Job, workers: Workers, why: str = "") -> None:
+        """Have a job that trains have other workers from some step on. Raises RefusedTransition."""
+        asked, held = sum(workers.values()), dict(workers)
+        if self._nodes is not None:
+            # Slots are held for as long as anybody may be there.
+            for name, slots in self._placed.get(job.id, {}).items():
+                held[name] = max(slots, held.get(name, 0))
+        self._change(job.id, lambda now: verbs.reshaping(now, asked, why, sum(held.values())))
+        if self._nodes is not None:
+            self._placed[job.id] = held
+        self._changing.add(job.id)
+        self.tell("job resized", job=job.id, workers=asked)
+        self.runner.reshape(job.id, workers)
 
     def _ask(self, job: Job, alive: Alive, now: float) -> None:
         kill = 0 < job.kill_at <= now
@@ -250,15 +309,43 @@ class Conductor:
         self._move(now)
         jobs = list(self._jobs.values())
         waiting = [_waiting(job) for job in jobs if job.waits]
-        found = scheduler.plan(waiting, [_running(job) for job in jobs if job.live], self.slots, now)
+        found = scheduler.plan(waiting, [self._running(job) for job in jobs if job.live], self.slots, now)
         self.reasons = dict(found.reasons)
         self._plan_wake = found.wake
         for job_id, workers in found.starts.items():
             self._start(job_id, workers)
         for job_id, workers in found.resizes.items():
             with contextlib.suppress(RefusedTransition):
-                self._change(job_id, lambda job, n=workers: verbs.resize(job, time.time(), n))  # type: ignore[misc]
+                self._resize(self._jobs[job_id], workers)
         self._planned = time.perf_counter() - began
+
+    def _resize(self, job: Job, workers: int) -> None:
+        """Have a job that trains go on with so many workers: at a step where it can, else from a checkpoint."""
+        if not self._comes_and_goes(job):
+            self._change(job.id, lambda job: verbs.resize(job, time.time(), workers))
+        elif self._nodes is None:
+            self._reshape(job, {HERE: workers})
+        else:
+            placed = scheduler.reshaped(self._placed[job.id], workers, self._free_slots())
+            if placed != self._placed[job.id]:
+                self._reshape(job, placed)
+
+    def _free_slots(self) -> dict[str, int]:
+        """The free slots of the nodes that take work."""
+        assert self._nodes is not None
+        ready = {name: slots for name, (state, slots) in self._nodes().items() if state is NodeState.READY}
+        return {name: self.free_of(name, slots) for name, slots in ready.items()}
+
+    def _flow(self, job: Job, drained: Container[str]) -> bool:
+        """Have a job's workers leave nodes at a step, and come to others; False where that can't be."""
+        placed = self._placed.get(job.id, {})
+        left = {name: slots for name, slots in placed.items() if name not in drained}
+        able = job.state is State.RUNNING and job.id not in self._short and self._comes_and_goes(job)
+        target = scheduler.reshaped(left, sum(placed.values()), self._free_slots())
+        if not able or sum(target.values()) < job.spec.workers[0]:
+            return False
+        self._reshape(job, target, f", off node {', '.join(sorted(placed.keys() - left.keys()))}")
+        return True
 
     def _move(self, now: float) -> None:
         """Have jobs go on elsewhere that have workers on a node which was drained."""
@@ -268,15 +355,17 @@ class Conductor:
         drained = {name for name, (state, _) in states.items() if state is NodeState.DRAINED}
         for job in [job for job in self._jobs.values() if job.state in (State.STARTING, State.RUNNING)]:
             there = sorted(drained & self._placed.get(job.id, {}).keys())
-            if there:
+            if there and job.id not in self._changing:
+                with contextlib.suppress(RefusedTransition):
+                    if self._flow(job, drained):
+                        continue
                 with contextlib.suppress(RefusedTransition):
                     self._change(job.id, lambda job, node=there[0]: verbs.move(job, now, node))  # type: ignore[misc]
 
     def _start(self, job_id: str, workers: int) -> None:
         placed = None
         if self._nodes is not None:
-            ready = {name: slots for name, (state, slots) in self._nodes().items() if state is NodeState.READY}
-            placed = scheduler.place(workers, {name: self.free_of(name, slots) for name, slots in ready.items()})
+            placed = scheduler.place(workers, self._free_slots())
             if sum(placed.values()) < workers:
                 # A node went since the plan was made; the next one knows.
                 self._moved = True
@@ -289,11 +378,35 @@ class Conductor:
         if job is None or job.state is not State.STARTING:
             return
         self._let_go(job_id)
+        self._changing.discard(job_id)
+        self._short.discard(job_id)
+        self._changed_at.pop(job_id, None)
         if placed is not None:
             self._placed[job_id] = placed
         sight = self.runner.start(job, job.launch, workers, placed)
         if isinstance(sight, Alive):
             self._hold(job_id, sight)
+
+    def _running(self, job: Job) -> Running:
+        """A job that holds slots, as the scheduler is told of it."""
+        leaving = job.state in (State.PAUSING, State.CANCELLING)
+        # A launch that does not train is left as it is.
+        trains = job.state not in (State.STARTING, State.RECOVERING)
+        least, most = job.spec.workers if trains else (job.workers, job.workers)
+        changing = job.id in self._changing
+        asked = self.runner.asked(job.id) if changing else None
+        return Running(
+            job.id,
+            job.workers,
+            least,
+            most,
+            job.spec.priority,
+            self._changed_at.get(job.id, job.started),
+            leaving,
+            swift=self._comes_and_goes(job),
+            changing=changing,
+            returned=max(0, job.workers - sum(asked.values())) if asked else 0,
+        )
 
     def _change(self, job_id: str, decide: Callable[[Job], Job]) -> Job | None:
         """Change a job here and in the store; None where it is no more."""
@@ -309,6 +422,10 @@ class Conductor:
         if job.state in ENDED or job.state is State.PAUSED:
             self._jobs.pop(job_id, None)
             self._placed.pop(job_id, None)
+            self._changed_at.pop(job_id, None)
+            self._swift.pop(job_id, None)
+            self._changing.discard(job_id)
+            self._short.discard(job_id)
         else:
             self._jobs[job_id] = job
         return job
@@ -386,11 +503,3 @@ def _readable(handle: int) -> bool:
 def _waiting(job: Job) -> Waiting:
     least, most = job.spec.workers
     return Waiting(job.id, least, most, job.spec.priority, job.created, job.since or job.created, job.not_before)
-
-
-def _running(job: Job) -> Running:
-    leaving = job.state in (State.PAUSING, State.CANCELLING)
-    # A launch that does not train is left as it is.
-    trains = job.state not in (State.STARTING, State.RECOVERING)
-    least, most = job.spec.workers if trains else (job.workers, job.workers)
-    return Running(job.id, job.workers, least, most, job.spec.priority, job.started, leaving)

@@ -8,17 +8,18 @@ import os
 import shutil
 import signal
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dptrain import hosts, rundir
+from dptrain import hosts, rundir, wanted
 from dptrain.errors import StorageError, UsageError
 from dptrain.processes import end_session, opened, process
 from dptrain.service import books, keeper
 from dptrain.service.model import Job
 
-RUN, JOB_FILE, MODEL, HOSTS = "run", "job.toml", "model.py", "hosts"
+RUN, JOB_FILE, MODEL, HOSTS, WORKERS = "run", "job.toml", "model.py", "hosts", "workers"
 _SPAWNED: set[int] = set()
 """Keepers that are children of this process, whichever Runner started them: they outlive it, and must be waited for."""
 
@@ -82,6 +83,13 @@ class Limits(NamedTuple):
     memory_bytes: int = 0
 
 
+def swift(job: Job) -> bool:
+    """Whether a job's workers come and leave at a step: it is one for a parameter server."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return bool(tomllib.loads(job.spec.run_toml).get("exchange", {}).get("type") == "ps")
+    return False
+
+
 class Runner:
     """The processes of all jobs below ``root``. Call it from one thread.
 
@@ -120,7 +128,13 @@ class Runner:
                 if placed is not None:
                     lines = [f"{name} slots={slots}\n" for name, slots in placed.items()]
                     rundir.write_text(folder / HOSTS, "".join(lines))
+                    wanted.forget(folder / HOSTS)
                     argv += ["--hostfile", HOSTS]
+                elif swift(job):
+                    (folder / HOSTS).unlink(missing_ok=True)
+                    rundir.write_text(folder / WORKERS, wanted.text_of({wanted.HERE: workers}))
+                    wanted.forget(folder / WORKERS)
+                    argv += ["--workers-file", WORKERS]
                 order = keeper.Order(
                     launch,
                     argv,
@@ -176,6 +190,27 @@ class Runner:
             return {host.name: host.slots for host in hosts.read(self.folder(job_id) / HOSTS)}
         except UsageError:
             return {}
+
+    def reshape(self, job_id: str, workers: wanted.Workers) -> None:
+        """Have a swift job's workers be so many from some step on, on nodes or HERE. Raises StorageError."""
+        name = WORKERS if wanted.HERE in workers else HOSTS
+        rundir.write_text(self.folder(job_id) / name, wanted.text_of(workers))
+
+    def asked(self, job_id: str) -> wanted.Workers | None:
+        """The workers that a swift job is to have; None where that is not known."""
+        for name in (HOSTS, WORKERS):
+            path = self.folder(job_id) / name
+            if path.exists():
+                with contextlib.suppress(UsageError):
+                    return wanted.read(path)
+        return None
+
+    def there(self, job_id: str) -> wanted.Workers | None:
+        """The workers that a swift job has come to have since it was asked to; None while some come or leave."""
+        asked = self.asked(job_id)
+        name = WORKERS if asked is not None and wanted.HERE in asked else HOSTS
+        found = wanted.found(self.folder(job_id) / name)
+        return None if found is None or dict(found.asked) != dict(asked or {}) else found.there
 
     def began(self, job_id: str, launch: int) -> float:
         """When a launch began; 0 where it has not."""

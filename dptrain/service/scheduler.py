@@ -20,6 +20,9 @@ PATIENCE = 60.0
 SETTLED = 30.0
 """Seconds that a job runs before its number of workers is changed: a relaunch costs seconds itself."""
 
+SWIFT = 5.0
+"""As many where workers come and leave at a step: they cost the reading of their data."""
+
 BACK_OFF, LONGEST_BACK_OFF = 1.0, 60.0
 
 
@@ -38,7 +41,11 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Running:
-    """A job that holds ``workers`` slots; one that is ``leaving`` gives them back soon, by itself."""
+    """A job that holds ``workers`` slots; one that is ``leaving`` gives them back soon, by itself.
+
+    ``started``: since when it has had so many. It is ``swift`` where others can come at a step; ``changing`` while they
+    do, and gives ``returned`` slots back soon where some leave.
+    """
 
     id: str
     workers: int
@@ -47,6 +54,9 @@ class Running:
     priority: int
     started: float
     leaving: bool = False
+    swift: bool = False
+    changing: bool = False
+    returned: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ def plan(waiting: Sequence[Waiting], running: Sequence[Running], slots: int, now
             starts[name] += more
             free -= more
     resizes = _shrink(first, running, free, now) if first is not None else _grow(running, free, now)
-    wakes += [job.started + SETTLED for job in running if _elastic(job) and job.started + SETTLED > now]
+    wakes += [_settles(job) for job in running if _elastic(job) and _settles(job) > now]
     return Plan(starts, resizes, reasons, min(wakes, default=None))
 
 
@@ -118,9 +128,31 @@ def place(workers: int, free: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
+def reshaped(placed: Mapping[str, int], workers: int, free: Mapping[str, int]) -> dict[str, int]:
+    """Where so many workers are that were ``placed`` so: who need not move does not.
+
+    Those that come go where slots are ``free``, if they can where others are; those that leave do it where there are
+    the fewest. Less than ``workers`` where there are not so many slots.
+    """
+    found = dict(placed)
+    surplus = sum(found.values()) - workers
+    for name in sorted(found, key=lambda name: (found[name], name)):
+        taken = max(0, min(found[name], surplus))
+        found[name] -= taken
+        surplus -= taken
+    for name in sorted(found, key=lambda name: (-found[name], name)):
+        more = max(0, min(free.get(name, 0), -surplus))
+        found[name] += more
+        surplus += more
+    if surplus < 0:
+        for name, more in place(-surplus, {name: slots for name, slots in free.items() if name not in found}).items():
+            found[name] = more
+    return {name: slots for name, slots in found.items() if slots}
+
+
 def _shrink(first: Waiting, running: Sequence[Running], free: int, now: float) -> dict[str, int]:
     """Take from jobs that have more than their least, the least important first, just enough for the first in order."""
-    lacking = first.least - free - sum(job.workers for job in running if job.leaving)
+    lacking = first.least - free - sum(job.workers if job.leaving else job.returned for job in running)
     if lacking <= 0:
         return {}
     found: dict[str, int] = {}
@@ -133,8 +165,8 @@ def _shrink(first: Waiting, running: Sequence[Running], free: int, now: float) -
 
 
 def _grow(running: Sequence[Running], free: int, now: float) -> dict[str, int]:
-    """Give what is free to the most important job that can use it. One at a time: each is a relaunch."""
-    if any(job.leaving for job in running):
+    """Give what is free to the most important job that can use it. One at a time."""
+    if any(job.leaving or job.changing for job in running):
         return {}
     for job in sorted(running, key=lambda job: (-job.priority, job.started)):
         if free > 0 and _settled(job, now) and job.workers < job.most:
@@ -143,11 +175,15 @@ def _grow(running: Sequence[Running], free: int, now: float) -> dict[str, int]:
 
 
 def _elastic(job: Running) -> bool:
-    return job.least < job.most and not job.leaving
+    return job.least < job.most and not job.leaving and not job.changing
+
+
+def _settles(job: Running) -> float:
+    return job.started + (SWIFT if job.swift else SETTLED)
 
 
 def _settled(job: Running, now: float) -> bool:
-    return _elastic(job) and now - job.started >= SETTLED
+    return _elastic(job) and now >= _settles(job)
 
 
 def back_off(faults: int) -> float:

@@ -58,6 +58,17 @@ def resize(job: Job, now: float, workers: int) -> Job:
     return job.to(State.PAUSING, Reason.RESIZING, message, kill_at=now + PAUSE_SECONDS)
 
 
+def reshaping(job: Job, workers: int, why: str, held: int) -> Job:
+    """A running job whose workers come and leave at a step is to have so many, and holds more slots until then.
+
+    Raises RefusedTransition.
+    """
+    if job.state is not State.RUNNING:
+        raise refused(job, "to have other workers")
+    message = f"trains; goes on with {_workers(workers)} from some step on{why}"
+    return job.to(State.RUNNING, Reason.RESIZING, message, workers=max(job.workers, held))
+
+
 def move(job: Job, now: float, node: str) -> Job:
     """Have a running job go on elsewhere than on a node that takes no more work."""
     return job.to(State.PAUSING, Reason.RESIZING, f"moves off node {node}", kill_at=now + PAUSE_SECONDS)
@@ -77,14 +88,15 @@ def removable(job: Job) -> None:
 
 def starting(job: Job, now: float, workers: int) -> Job:
     """The next launch of a job, before there is a process."""
-    message = f"starts {workers} workers" if workers > 1 else "starts 1 worker"
+    message = f"starts {_workers(workers)}"
     launch = job.launch + 1
     return job.to(State.STARTING, message=message, launch=launch, workers=workers, started=now, kill_at=0.0)
 
 
-def running(job: Job) -> Job:
-    """A job whose launch has come so far as to train."""
-    return job.to(State.RUNNING, message=f"trains with {job.workers} worker{'s' if job.workers > 1 else ''}")
+def running(job: Job, workers: int = 0) -> Job:
+    """A job whose launch has come so far as to train, or whose workers are ``workers`` now."""
+    workers = workers or job.workers
+    return job.to(State.RUNNING, message=f"trains with {_workers(workers)}", workers=workers)
 
 
 def restarting(job: Job, cause: str) -> Job:
@@ -118,6 +130,10 @@ def ended(job: Job, sight: Ended | Lost | NeverBegun, *, done: bool, newest: int
             return job.to(State.QUEUED, Reason.RESIZING, f"goes on from step {newest}", workers=0)
         return job.to(State.PAUSED, Reason.REQUESTED, f"paused at step {newest}", workers=0)
     return _faulted(job, sight, newest, said, now)
+
+
+def _workers(n: int) -> str:
+    return "1 worker" if n == 1 else f"{n} workers"
 
 
 def _faulted(job: Job, sight: Ended | Lost | NeverBegun, newest: int, said: str, now: float) -> Job:

@@ -69,3 +69,26 @@ def test_nodes_with_nothing_in_common_work_for_a_parameter_server_that_outlives_
     assert result["weights_sha256"] == solo_hash(tmp_path, QUIET.replace("digits", f"{tmp_path}/own.npz"))
     # Nothing of it was begun again.
     assert result["attempt"] == 1
+
+
+@pytest.mark.skipif(missing() != "", reason=missing() or "nodes can be made")
+def test_workers_of_a_parameter_server_leave_a_drained_node_and_come_to_another_at_a_step(
+    service: Service, tmp_path: Path
+) -> None:
+    for node in (1, 2):
+        service.agent(node)
+    service.seen("node joined", 2)
+    job = service.submit(
+        "-n", "1..2", text=TEXT.replace("steps = 2000", "steps = 30000") + '\n[exchange]\ntype = "ps"\n'
+    )
+    service.reaches(job, 40)
+    service.said("nodes", "drain", "node-2")
+    service.seen("job workers", 1)
+    service.agent(3)
+    service.seen("job workers", 2)
+    assert [line["workers"] for line in service.events("job workers")] == [1, 2]
+    assert (service.data / JOBS / job / "hosts").read_text().split() == ["node-1", "slots=1", "node-3", "slots=1"]
+    result = service.result(job)
+    assert result["weights_sha256"] == solo_hash(tmp_path, QUIET.replace("steps = 2000", "steps = 30000"))
+    assert result["attempt"] == 1
+    assert not [line for line in service.events("job") if line["reason"] != "UNSPECIFIED"]
