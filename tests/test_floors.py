@@ -38,8 +38,20 @@ FLOORS = [
     {"exchange"},
     {"worker", "watch", "chronicle", "assemble", "beginning", "parts", "trace", "meeting", "recovery", "watchdog"}
     | {"corruption"},
-    {"companion", "training", "origin", "result", "plan", "launch", "ranks", "api", "launcher", "scratch", "supervise"}
-    | {"serve", "joined", "crew", "wanted", "hosts", "lending", "export", "onnx_graph", "comparison", "replay"},
+    {"companion", "training", "origin", "result", "plan", "scaling", "launch", "ranks", "api", "launcher", "scratch"}
+    | {
+        "supervise",
+        "serve",
+        "joined",
+        "crew",
+        "wanted",
+        "hosts",
+        "lending",
+        "export",
+        "onnx_graph",
+        "comparison",
+        "replay",
+    },
     {"service"},
     {"cli"},
 ]

@@ -271,6 +271,35 @@ def check(
     show(load_job(job_path(job), sets or (), os.environ), n or context.obj.place.size or 1)
 
 
+@app.command(epilog="Example: [bold]dptrain plan job.toml --nodes 2..1024 --link 100Gbit,2us --rows 128[/]")
+def plan(
+    job: JobFile = None,
+    sets: Sets = None,
+    counts: Annotated[
+        str, typer.Option("--nodes", metavar="A..B|A,B,…", help="Numbers of nodes; A..B doubles.")
+    ] = "1..16",
+    link: Annotated[
+        str, typer.Option("--link", metavar="RATE,LATENCY", help="A node's link, each way, as 100Gbit,2us.")
+    ] = "10Gbit,20us",
+    workers: Annotated[int, typer.Option("--workers", metavar="N", help="Workers on each node.", min=1)] = 1,
+    rows: Annotated[
+        int, typer.Option("--rows", metavar="N", help="A batch of N rows for each worker. Default: the job's.", min=0)
+    ] = 0,
+    hours: Annotated[
+        float, typer.Option("--mtbf", metavar="HOURS", help="Between two failures of one node.", min=1.0)
+    ] = 50_000.0,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each number of nodes.")] = False,
+) -> None:
+    """Predict step time, efficiency, traffic and memory on more nodes than there are here."""
+    from dptrain.cli import plan as prediction
+    from dptrain.cli.run import job_path
+    from dptrain.job.load import load_job
+
+    several, over = prediction.machines(counts), prediction.link(link)
+    loaded = load_job(job_path(job), sets or (), os.environ)
+    prediction.show(loaded, several, over, workers=workers, rows=rows, hours=hours, as_json=as_json)
+
+
 @app.command(epilog="Example: [bold]dptrain init && dptrain check[/]")
 def init(
     path: Annotated[Path, typer.Argument(metavar="[PATH]", help="The file to write.")] = Path("dptrain.toml"),

@@ -1,0 +1,307 @@
+"""What a job will take on more machines than there are: a step as the exchange goes through it, simulated.
+
+Everything of a step that this machine can tell is measured on it: forward and backward of a worker's shards, when in
+backward each gradient is final, additions, updates. What goes where, and in how many messages, is the exchange's own
+(``exchange.segments``, ``exchange.traffic``): the same ranges, carriers, pieces and roots of the tree. Links carry one
+message at a time each way, in the order in which messages are ready; machines are alike, and nothing else uses them.
+"""
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+from dptrain import arithmetic
+from dptrain.assemble import assemble
+from dptrain.data.prepare import prepare
+from dptrain.errors import UsageError
+from dptrain.exchange.segments import Machines
+from dptrain.exchange.traffic import LOOK
+from dptrain.job.spec import Job
+from dptrain.layout import BLOCK, segments
+from dptrain.membership import Membership
+from dptrain.packing import RAW, encoding_of
+from dptrain.plan import Measured, measured, plan
+from dptrain.state import STRETCH
+from dptrain.tree import Node, merged
+
+GOODPUT = 0.95
+"""Of a link's rate, what TCP has for its payload in Ethernet's frames of 1,500 bytes."""
+
+MESSAGE = 25e-6
+"""Seconds that a worker needs to send a message, or to take one in, beside its bytes."""
+
+NOTE = 5e-6
+"""Seconds for one of the few hundred bytes of a verdict."""
+
+QUEUED = 128 << 10
+"""Bytes that wait in the kernel before whatever is sent next."""
+
+FEW = 16
+"""Workers up to which everyone tells everyone; more gather in a tree."""
+
+RESTART = 10.0
+"""Seconds from the loss of a machine to training again: to notice, to ask who is there, to start."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """Of each machine: bits a second each way, and seconds from one machine to another."""
+
+    rate: float
+    latency: float
+
+    def seconds(self, nbytes: float) -> float:
+        """How long a message takes the link."""
+        return 8 * nbytes / (GOODPUT * self.rate)
+
+
+@dataclass(frozen=True)
+class Size:
+    """So many machines of so many workers; ``shards`` of ``rows`` rows each."""
+
+    machines: int
+    workers: int
+    shards: int
+    rows: int
+
+    @property
+    def size(self) -> int:
+        """All workers."""
+        return self.machines * self.workers
+
+    @cached_property
+    def own(self) -> int:
+        """The shards of the worker that has most."""
+        return -(-self.shards // self.size)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A simulated step, in seconds, and the bytes that the busiest machine sends."""
+
+    seconds: float
+    sent: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is predicted for a size: the best of some numbers of coordinators.
+
+    ``efficiency`` is samples a second, of as many times one machine's; ``lost`` the share of time that failures cost.
+    """
+
+    size: Size
+    batch: int
+    coordinators: int
+    step: float
+    compute: float
+    samples_per_second: float
+    efficiency: float
+    sent: float
+    memory: int
+    lost: float
+
+
+@dataclass(frozen=True)
+class Vector:
+    """What is exchanged: ``elements`` of ``item`` bytes, but for the first ``parameters``, of ``narrow`` bytes each."""
+
+    elements: int
+    parameters: int
+    item: int
+    narrow: int
+
+    def pieces(self, coordinators: int) -> Iterator[tuple[int, int, int]]:
+        """(owner, start, stop), from the end to the beginning, which is backward's order."""
+        cuts = list(enumerate(segments(self.elements, coordinators)))
+        for owner, (lo, hi) in reversed(cuts):
+            ends = sorted({*range(lo, hi, STRETCH), min(max(lo, self.parameters), hi), hi})
+            for start, stop in reversed(list(pairwise(ends))):
+                yield owner, start, stop
+
+    def nbytes(self, start: int, stop: int) -> int:
+        """Of a piece."""
+        return (stop - start) * (self.narrow if start < self.parameters else self.item)
+
+
+def simulate(size: Size, vector: Vector, link: Link, own: Measured, coordinators: int) -> Step:
+    """A step of the exchange with so many coordinators, the first workers."""
+    membership = Membership(0, size.size, size.shards)
+    groups = tuple(tuple(range(m * size.workers, (m + 1) * size.workers)) for m in range(size.machines))
+    machines, goal = Machines(groups, 0), Node(0, size.shards)
+    roots, adds = [], []
+    for group in groups:
+        have = [node for rank in group for node in membership.nodes[rank]]
+        left, plan_ = merged(have, goal)
+        roots.append(len(left))
+        adds.append(len(plan_))
+    # Of the whole tree what machines have not added themselves, each of its segment.
+    last = sum(roots) - 1
+    out, into = [0.0] * size.machines, [0.0] * size.machines
+    busy: dict[int, float] = {}
+    sent = [0.0] * size.machines
+    # (ready, turn, order, from, to, piece): what is ready at once leaves in turns that meet no machine all at a time.
+    events: list[tuple[float, int, int, int, int, int]] = []
+    pieces = list(vector.pieces(coordinators))
+    # Of its segment's.
+    nth = [sum(owner == other for other, _, _ in pieces[:i]) for i, (owner, _, _) in enumerate(pieces)]
+    awaited = [0] * len(pieces)
+    here = [0.0] * len(pieces)
+    order = 0
+    for number, (owner, start, stop) in enumerate(pieces):
+        home = owner // size.workers
+        ready = _ready(own, vector, start)
+        for machine in range(size.machines):
+            added = ready + adds[machine] * own.add * (stop - start)
+            if machine == home:
+                here[number] = max(here[number], added)
+            elif roots[machine]:
+                awaited[number] += 1
+                turn = nth[number] * size.machines + (home - machine) % size.machines
+                heapq.heappush(events, (added, turn, order, machine, home, number))
+                order += 1
+    told = own.compute + _meeting(size, link) + link.seconds(QUEUED if size.machines > 1 else 0)
+    sums: list[tuple[float, int, int]] = []
+
+    def finished(number: int) -> None:
+        nonlocal order
+        owner, start, stop = pieces[number]
+        at = max(here[number], busy.get(owner, 0.0)) + last * own.add * (stop - start) * (size.machines > 1)
+        busy[owner] = at
+        sums.append((at, owner, stop - start))
+        home = owner // size.workers
+        for machine in range(size.machines):
+            if machine != home:
+                turn = nth[number] * size.machines + (machine - home) % size.machines
+                heapq.heappush(events, (at, turn, order, home, machine, number))
+                order += 1
+
+    for number, count in enumerate(awaited):
+        if not count:
+            finished(number)
+    while events:
+        ready, _, _, source, target, number = heapq.heappop(events)
+        owner, start, stop = pieces[number]
+        home = owner // size.workers
+        nbytes = vector.nbytes(start, stop) * (1 if source == home else roots[source])
+        begun = max(ready + MESSAGE, out[source])
+        out[source] = begun + link.seconds(nbytes)
+        sent[source] += nbytes
+        come = max(out[source] + link.latency, into[target] + link.seconds(nbytes))
+        into[target] = come
+        come += MESSAGE
+        if target == home:
+            here[number] = max(here[number], come)
+            awaited[number] -= 1
+            if not awaited[number]:
+                finished(number)
+        else:
+            carrier = machines.carrier(target, owner)
+            sums.append((come, carrier, stop - start))
+    free: dict[int, float] = {}
+    for come, worker, elements in sorted(sums):
+        free[worker] = max(come, told, free.get(worker, 0.0)) + elements * own.update
+    return Step(max(free.values()) + _meeting(size, link), max(sent))
+
+
+def _ready(own: Measured, vector: Vector, start: int) -> float:
+    """When in a step the partials from ``start`` on are final."""
+    if start >= vector.parameters:
+        return own.compute
+    return min((at + LOOK / 2 for lowest, at in own.final if lowest <= start), default=own.compute)
+
+
+def _meeting(size: Size, link: Link) -> float:
+    """How long it takes until all know what all have to say."""
+    if size.size == 1:
+        return 0.0
+    hops = 1 if size.size <= FEW else math.ceil(math.log2(size.size))
+    notes = size.size - 1 if size.size <= FEW else 2 * hops
+    return hops * (link.latency if size.machines > 1 else 0.0) + notes * NOTE
+
+
+def sizes(job: Job, shards: int, machines: Sequence[int], workers: int, rows: int) -> list[Size]:
+    """What the job is on so many machines: its batch, or with ``rows`` a batch of so many rows for each worker.
+
+    There are the job's shards where they can be shared equally, else one for each worker.
+    """
+    found = []
+    for count in machines:
+        size = count * workers
+        several = max(shards, size) if max(shards, size) % size == 0 else size
+        batch = rows * size or job.train.batch_size
+        if batch < several:
+            raise UsageError(
+                f"{count} machines of {workers} workers",
+                expected="a row for each shard",
+                found=f"{several} shards of a batch of {batch} rows",
+                cure="raise train.batch_size, or say --rows N, for a batch that grows by N rows with each worker",
+            )
+        found.append(Size(count, workers, several, -(-batch // several)))
+    return found
+
+
+def predict(
+    job: Job, machines: Sequence[int], *, workers: int, link: Link, rows: int = 0, hours: float, slow: float = 1.0
+) -> Iterator[Point]:
+    """One point for each number of machines. Raises DptrainError as training would.
+
+    ``hours``: between two failures of one machine; ``slow``: by how much workers are slowed by what they share.
+    """
+    prepared = prepare(job.data, directory=Path(job.directory), seed=job.seed, cache=None)
+    with arithmetic.limited(job.arithmetic.threads):
+        a = assemble(job, prepared)
+        layout, item = a.model.layout, a.dtype.itemsize
+        narrow = item if encoding_of(a.gradients().name) in (RAW, "sparse") else 2
+        vector = Vector(layout.size, layout.parameters, item, narrow)
+        known: dict[tuple[int, int], Measured] = {}
+        memory = plan(job, workers=1).memory_total
+
+        def own_of(size: Size) -> Measured:
+            key = (size.own, size.rows)
+            if key not in known:
+                known[key] = _slowed(measured(a, *key), slow)
+            return known[key]
+
+        (single,) = sizes(job, a.shards, [1], workers, rows)
+        alone = simulate(single, vector, link, own_of(single), workers).seconds
+        reference = _samples(single, job, rows) / alone
+        for size in sizes(job, a.shards, machines, workers, rows):
+            own = own_of(size)
+            steps = {count: simulate(size, vector, link, own, count) for count in _candidates(size, vector)}
+            best = min(steps, key=lambda count: steps[count].seconds)
+            seconds = steps[best].seconds
+            rate = _samples(size, job, rows) / seconds
+            lost = size.machines / (3600 * hours) * (RESTART + job.output.checkpoint_seconds / 2)
+            foreign = (size.machines - 1) * -(-vector.elements // best) * item
+            yield Point(
+                size=size,
+                batch=_samples(size, job, rows),
+                coordinators=best,
+                step=seconds,
+                compute=own.compute,
+                samples_per_second=rate,
+                efficiency=rate / reference / size.machines,
+                sent=steps[best].sent,
+                memory=memory + foreign + (vector.elements * item if size.size > 1 else 0),
+                lost=min(1.0, lost),
+            )
+
+
+def _slowed(own: Measured, times: float) -> Measured:
+    final = tuple((lowest, at * times) for lowest, at in own.final)
+    return Measured(own.compute * times, final, own.add * times, own.update * times)
+
+
+def _samples(size: Size, job: Job, rows: int) -> int:
+    return rows * size.size or job.train.batch_size
+
+
+def _candidates(size: Size, vector: Vector) -> list[int]:
+    """Numbers of coordinators that are tried: powers of four, and all."""
+    most = min(size.size, -(-vector.elements // BLOCK))
+    return sorted({*(4**i for i in range(6) if 4**i <= most), most})
