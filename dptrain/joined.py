@@ -151,7 +151,9 @@ def _work(servers: Sequence[tuple["Address", Any]], job: Job, processes: int, se
                         stub.get_job(pb.GetJobRequest(), timeout=asking)
                     joined = stub.join(request, timeout=patience, wait_for_ready=waits)
                 here.who = f"worker {joined.membership.worker}"
-                stubs = stubs_of(joined.servers, [Stub(channel) for _, channel in servers], asking)
+                stubs = stubs_of(
+                    joined.servers, [Stub(channel, near=bool(address.path)) for address, channel in servers], asking
+                )
                 if stubs is None:
                     raise Broken
                 cuts = segments(parts.update.layout.size, joined.segments)

@@ -53,13 +53,20 @@ class Store:
     """The memory of two states; all of it is touched when it is made, so that nothing dies for want of it later."""
 
     def __init__(
-        self, layout: Layout, slots: int, dtype: npt.DTypeLike, residuals: int = 0, *, elsewhere: bool = False
+        self,
+        layout: Layout,
+        slots: int,
+        dtype: npt.DTypeLike,
+        residuals: int = 0,
+        *,
+        elsewhere: bool = False,
+        vectors: Array | None = None,
     ) -> None:
-        """``residuals``: the number of shards that keep one, 0 where none do.
+        """``residuals``: the number of shards that keep one, 0 where none do. ``vectors`` (2, size): for the weights.
 
         Where they are kept ``elsewhere``, and only brought here now and then, both sides have the same memory for them.
         """
-        weights: Array = np.empty((2, layout.size), dtype)
+        weights: Array = np.empty((2, layout.size), dtype) if vectors is None else vectors
         moments: Array = np.empty((2, slots, layout.parameters), dtype)
         kept: Array = np.empty((1 if elsewhere else 2, residuals, layout.parameters), dtype)
         # np.zeros would leave the pages to be found at the first write.

@@ -22,7 +22,7 @@ import numpy as np
 
 from dptrain import heap
 from dptrain.exchange.parameter_server.client import Stub, Weights
-from dptrain.exchange.parameter_server.codec import Written, cuts, encode
+from dptrain.exchange.parameter_server.codec import CHUNK, Written, cuts, encode
 from dptrain.exchange.parameter_server.hub import Hub, Part
 from dptrain.exchange.parameter_server.intake import Intake
 from dptrain.exchange.parameter_server.outlet import Outlet
@@ -46,8 +46,8 @@ SECONDS = 60.0
 
 
 def sizes(elements: int) -> list[int]:
-    """The lengths of a vector's chunks."""
-    return [4 * (stop - start) for start, stop in cuts(elements, 4)]
+    """The lengths of a vector's bare chunks: all but the last are of 1 MiB."""
+    return [min(CHUNK, 4 * elements - at) for at in range(0, 4 * elements, CHUNK)]
 
 
 def serve(folder: str, elements: int) -> None:
@@ -66,6 +66,7 @@ def serve(folder: str, elements: int) -> None:
         segments=1,
         owners=frozenset({0}),
         era=0,
+        lent=None,
         tell=lambda notice, servers: None,
     )
     hub.admit(part)

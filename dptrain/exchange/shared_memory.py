@@ -6,6 +6,7 @@ is not allowed, it is a file in /dev/shm, unlinked as soon as all have mapped it
 that nobody dies of a bus error later, and it outlives any of the workers.
 """
 
+import fcntl
 import mmap
 import os
 from collections.abc import Callable
@@ -45,10 +46,12 @@ def nameless(nbytes: int) -> Reserved:
     if nbytes > room:
         # Asking for it would not fail, but call the kernel's killer.
         raise _too_little(nbytes, f"{room >> 20} MB", _LESS)
-    handle = os.memfd_create("dptrain", os.MFD_CLOEXEC)
-    return _reserved(
-        handle, nbytes, f"/proc/{os.getpid()}/fd/{handle}", None, "start fewer workers, or a smaller model"
-    )
+    handle = os.memfd_create("dptrain", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    path = f"/proc/{os.getpid()}/fd/{handle}"
+    made = _reserved(handle, nbytes, path, None, "start fewer workers, or a smaller model")
+    # Whoever maps it may rely on its length.
+    fcntl.fcntl(handle, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return made
 
 
 def in_dev_shm(nbytes: int) -> Reserved:

@@ -134,6 +134,7 @@ class Place(_message.Message):
     ENCODING_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
     BEST_FIELD_NUMBER: _builtins.int
+    LENT_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The step that it is computed at; of weights, the number of steps that led to them."""
     lease: _builtins.int
@@ -158,6 +159,10 @@ class Place(_message.Message):
     def membership(self) -> Global___Membership:
         """Of whom, or for whom, it is."""
 
+    @_builtins.property
+    def lent(self) -> Global___Lent:
+        """Where the bytes lie, of which the message holds none."""
+
     def __init__(
         self,
         *,
@@ -172,14 +177,47 @@ class Place(_message.Message):
         encoding: Global___Encoding.ValueType = ...,
         checksum: _builtins.int = ...,
         best: _builtins.bool = ...,
+        lent: Global___Lent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["membership", b"membership"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lent", b"lent", "membership", b"membership"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "checksum", b"checksum", "encoding", b"encoding", "hi", b"hi", "lease", b"lease", "lo", b"lo", "membership", b"membership", "offset", b"offset", "segment", b"segment", "step", b"step", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "checksum", b"checksum", "encoding", b"encoding", "hi", b"hi", "lease", b"lease", "lent", b"lent", "lo", b"lo", "membership", b"membership", "offset", b"offset", "segment", b"segment", "step", b"step", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Place: _TypeAlias = Place  # noqa: Y015
+
+@_typing.final
+class Lent(_message.Message):
+    """Where bytes lie in memory that the receiver looks at."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    FOLLOWING_FIELD_NUMBER: _builtins.int
+    at: _builtins.int
+    """The first of them."""
+    bytes: _builtins.int
+    """How many there are."""
+    @_builtins.property
+    def following(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The checksums of the chunks that follow in the segment, whose bytes follow here: the message stands for them too."""
+
+    def __init__(
+        self,
+        *,
+        at: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        following: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "bytes", b"bytes", "following", b"following"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lent: _TypeAlias = Lent  # noqa: Y015
 
 @_typing.final
 class GetJobRequest(_message.Message):
@@ -409,6 +447,102 @@ class JoinResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JoinResponse: _TypeAlias = JoinResponse  # noqa: Y015
+
+@_typing.final
+class Memory(_message.Message):
+    """Memory of a process, as others of its machine find it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_FIELD_NUMBER: _builtins.int
+    HANDLE_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    process: _builtins.int
+    """The process, as it is numbered where it runs."""
+    handle: _builtins.int
+    """Which of its open files the memory is."""
+    device: _builtins.int
+    """The file system that the kernel has it in."""
+    number: _builtins.int
+    """Its number there."""
+    bytes: _builtins.int
+    """Its length."""
+    def __init__(
+        self,
+        *,
+        process: _builtins.int = ...,
+        handle: _builtins.int = ...,
+        device: _builtins.int = ...,
+        number: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "device", b"device", "handle", b"handle", "number", b"number", "process", b"process"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Memory: _TypeAlias = Memory  # noqa: Y015
+
+@_typing.final
+class LendRequest(_message.Message):
+    """What a worker lends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBERSHIP_FIELD_NUMBER: _builtins.int
+    PARTIALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def membership(self) -> Global___Membership:
+        """Who."""
+
+    @_builtins.property
+    def partials(self) -> Global___Memory:
+        """Where its partials will lie."""
+
+    def __init__(
+        self,
+        *,
+        membership: Global___Membership | None = ...,
+        partials: Global___Memory | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["membership", b"membership", "partials", b"partials"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["membership", b"membership", "partials", b"partials"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LendRequest: _TypeAlias = LendRequest  # noqa: Y015
+
+@_typing.final
+class LendResponse(_message.Message):
+    """What the server makes of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOOKS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    looks: _builtins.bool
+    """Whether it can look there: then chunks of partials need not hold their bytes."""
+    @_builtins.property
+    def weights(self) -> Global___Memory:
+        """Where its weights lie, if it lends them."""
+
+    def __init__(
+        self,
+        *,
+        looks: _builtins.bool = ...,
+        weights: Global___Memory | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["weights", b"weights"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["looks", b"looks", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LendResponse: _TypeAlias = LendResponse  # noqa: Y015
 
 @_typing.final
 class LeaveRequest(_message.Message):
@@ -966,6 +1100,9 @@ class PullRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MEMBERSHIP_FIELD_NUMBER: _builtins.int
+    LOOKS_FIELD_NUMBER: _builtins.int
+    looks: _builtins.bool
+    """Whether the worker looks at the weights where the server has them: then chunks need not hold their bytes."""
     @_builtins.property
     def membership(self) -> Global___Membership:
         """Who."""
@@ -974,10 +1111,11 @@ class PullRequest(_message.Message):
         self,
         *,
         membership: Global___Membership | None = ...,
+        looks: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["membership", b"membership"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["membership", b"membership"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["looks", b"looks", "membership", b"membership"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -48,6 +48,11 @@ class ParameterServerServiceStub(object):
                 request_serializer=dptrain_dot_v1_dot_parameter__server__pb2.JoinRequest.SerializeToString,
                 response_deserializer=dptrain_dot_v1_dot_parameter__server__pb2.JoinResponse.FromString,
                 _registered_method=True)
+        self.Lend = channel.unary_unary(
+                '/dptrain.v1.ParameterServerService/Lend',
+                request_serializer=dptrain_dot_v1_dot_parameter__server__pb2.LendRequest.SerializeToString,
+                response_deserializer=dptrain_dot_v1_dot_parameter__server__pb2.LendResponse.FromString,
+                _registered_method=True)
         self.Leave = channel.unary_unary(
                 '/dptrain.v1.ParameterServerService/Leave',
                 request_serializer=dptrain_dot_v1_dot_parameter__server__pb2.LeaveRequest.SerializeToString,
@@ -91,6 +96,13 @@ class ParameterServerServiceServicer(object):
 
     def Join(self, request, context):
         """Take part. Refused where the worker's job, data or arithmetic are others than the server's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Lend(self, request, context):
+        """Let a server on the same machine look at the worker's memory, and look at its own. Over a Unix socket alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,6 +155,11 @@ def add_ParameterServerServiceServicer_to_server(servicer, server):
                     servicer.Join,
                     request_deserializer=dptrain_dot_v1_dot_parameter__server__pb2.JoinRequest.FromString,
                     response_serializer=dptrain_dot_v1_dot_parameter__server__pb2.JoinResponse.SerializeToString,
+            ),
+            'Lend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Lend,
+                    request_deserializer=dptrain_dot_v1_dot_parameter__server__pb2.LendRequest.FromString,
+                    response_serializer=dptrain_dot_v1_dot_parameter__server__pb2.LendResponse.SerializeToString,
             ),
             'Leave': grpc.unary_unary_rpc_method_handler(
                     servicer.Leave,
@@ -228,6 +245,33 @@ class ParameterServerService(object):
             '/dptrain.v1.ParameterServerService/Join',
             dptrain_dot_v1_dot_parameter__server__pb2.JoinRequest.SerializeToString,
             dptrain_dot_v1_dot_parameter__server__pb2.JoinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dptrain.v1.ParameterServerService/Lend',
+            dptrain_dot_v1_dot_parameter__server__pb2.LendRequest.SerializeToString,
+            dptrain_dot_v1_dot_parameter__server__pb2.LendResponse.FromString,
             options,
             channel_credentials,
             insecure,

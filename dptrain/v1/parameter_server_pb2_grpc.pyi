@@ -24,6 +24,8 @@ class ParameterServerServiceStub:
     """What is trained and where its servers are. A worker asks first, before it knows anything."""
     Join: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.JoinRequest, _parameter_server_pb2.JoinResponse]
     """Take part. Refused where the worker's job, data or arithmetic are others than the server's."""
+    Lend: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.LendRequest, _parameter_server_pb2.LendResponse]
+    """Let a server on the same machine look at the worker's memory, and look at its own. Over a Unix socket alone."""
     Leave: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.LeaveRequest, _parameter_server_pb2.LeaveResponse]
     """Take part no more: what the worker has not answered yet is computed by others."""
     Work: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.WorkRequest, _parameter_server_pb2.WorkResponse]
@@ -57,6 +59,14 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _parameter_server_pb2.JoinResponse:
         """Take part. Refused where the worker's job, data or arithmetic are others than the server's."""
+
+    @_abc_1.abstractmethod
+    def Lend(
+        self,
+        request: _parameter_server_pb2.LendRequest,
+        context: _grpc.ServicerContext,
+    ) -> _parameter_server_pb2.LendResponse:
+        """Let a server on the same machine look at the worker's memory, and look at its own. Over a Unix socket alone."""
 
     @_abc_1.abstractmethod
     def Leave(

@@ -21,6 +21,7 @@ from dptrain.errors import DptrainError, RefusedError, exit_code
 from dptrain.exchange.parameter_server import codec
 from dptrain.exchange.parameter_server.codec import Piece, Version, Written, cuts, elements, encode
 from dptrain.exchange.parameter_server.compute import Compute
+from dptrain.exchange.parameter_server.lending import look
 from dptrain.exchange.parameter_server.residuals import Age, parts
 from dptrain.exchange.parameter_server.service import SERVICE
 from dptrain.layout import Array
@@ -41,9 +42,14 @@ _LOOK = 0.25
 
 
 class Stub:
-    """The methods as a client calls them; chunks are bytes already when they get here."""
+    """The methods as a client calls them; chunks are bytes already when they get here.
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    ``near``: by its address, the server is on this machine.
+    """
+
+    def __init__(self, channel: grpc.Channel, *, near: bool = False) -> None:
+        self.near = near
+
         def path(method: str) -> str:
             return f"/{SERVICE}/{method}"
 
@@ -52,6 +58,9 @@ class Stub:
         )
         self.join: Callable[..., pb.JoinResponse] = channel.unary_unary(
             path("Join"), pb.JoinRequest.SerializeToString, pb.JoinResponse.FromString
+        )
+        self.lend: Callable[..., pb.LendResponse] = channel.unary_unary(
+            path("Lend"), pb.LendRequest.SerializeToString, pb.LendResponse.FromString
         )
         self.leave: Callable[..., pb.LeaveResponse] = channel.unary_unary(
             path("Leave"), pb.LeaveRequest.SerializeToString, pb.LeaveResponse.FromString
@@ -108,6 +117,8 @@ class _Arriving:
         self.cuts = dict(cuts(self.size, itemsize))
         self.version: Version | None = None
         self.missing: set[int] = set()
+        self.lent: Array | None = None
+        """The server's memory, where it may be looked at."""
 
     def whole(self, version: Version) -> bool:
         return not self.size or (self.version == version and not self.missing)
@@ -128,9 +139,20 @@ class Weights:
         self.waits = 0
 
     def take(self, segment: int, piece: Piece) -> None:
-        """A chunk. Raises RefusedError where it can't be one of these weights, Damaged where it arrived as another."""
-        place = piece.place
+        """A chunk, or several that a message stands for.
+
+        Raises RefusedError where it can't be one of these weights, Damaged where it arrived as another.
+        """
         arriving = self._segments[segment]
+        try:
+            pieces = codec.looked_at(piece, arriving.lent, arriving.cuts, self.vector.dtype.itemsize)
+        except ValueError:
+            raise _no_weights() from None
+        for one in pieces:
+            self._take(segment, arriving, one)
+
+    def _take(self, segment: int, arriving: _Arriving, piece: Piece) -> None:
+        place = piece.place
         stop = arriving.cuts.get(place.offset)
         if (
             stop is None
@@ -140,17 +162,30 @@ class Weights:
             or place.encoding != pb.ENCODING_RAW
             or len(piece.data) != (stop - place.offset) * self.vector.dtype.itemsize
         ):
-            raise RefusedError("the weights", expected="a chunk of them", found="something else", cure="join again")
-        if codec.checksum(piece.data) != place.checksum:
+            raise _no_weights()
+        lent = place.HasField("lent")
+        if not lent and codec.checksum(piece.data) != place.checksum:
             raise Damaged
         version = (place.step, place.best)
         with self.lock:
             if version != arriving.version:
                 arriving.version, arriving.missing = version, set(arriving.cuts)
-            elements(piece, self.vector[arriving.lo + place.offset : arriving.lo + stop])
+            into = self.vector[arriving.lo + place.offset : arriving.lo + stop]
+            elements(piece, into)
+            if lent and codec.checksum(into.data) != place.checksum:
+                # Newer weights are written there by now.
+                raise Damaged
             arriving.missing.discard(place.offset)
             if not arriving.missing:
                 self.lock.notify_all()
+
+    def look(self, segment: int, memory: Array) -> None:
+        """The server of a segment lends its memory."""
+        self._segments[segment].lent = memory
+
+    def looks(self, segment: int) -> bool:
+        """Whether it does."""
+        return self._segments[segment].lent is not None
 
     def again(self, segment: int) -> None:
         """All of a segment comes once more."""
@@ -185,6 +220,10 @@ class Weights:
         return any(arriving.version is not None and arriving.version[0] > version[0] for arriving in self._segments)
 
 
+def _no_weights() -> RefusedError:
+    return RefusedError("the weights", expected="a chunk of them", found="something else", cure="join again")
+
+
 class Client:
     """Takes part in a run, with a membership, until the server ends it.
 
@@ -208,6 +247,8 @@ class Client:
         self.weights = Weights(compute.weights, membership.job, segments)
         self._said = _Sending()
         self._chunks = [_Sending() for lo, hi in segments]
+        self._looks: set[int] = set()
+        """The segments whose servers look at the partials where they lie."""
         self._name = name
         self._held: _Held | None = None
         self._ended = threading.Event()
@@ -220,6 +261,7 @@ class Client:
 
         Raises Broken where the way to the server is lost, and what failed here, after the server was told of it.
         """
+        self._lend()
         first = pb.WorkRequest(membership=self._membership)
         self._said.queue.put(first)
         self._tasks = self._stubs[0].work(self._said)
@@ -250,8 +292,28 @@ class Client:
             for thread in threads:
                 thread.join()
 
+    def _lend(self) -> None:
+        """Let the servers of this machine look at partials, and look at their weights. Raises Broken."""
+        lent = self._compute.lent
+        if lent is None:
+            return
+        request = pb.LendRequest(membership=self._membership, partials=lent.told)
+        for segment, (lo, hi) in enumerate(self._segments):
+            if lo == hi or not self._stubs[segment].near:
+                continue
+            try:
+                found = self._stubs[segment].lend(request)
+            except grpc.RpcError as error:
+                raise Broken from error
+            if found.looks:
+                self._looks.add(segment)
+            memory = look(found.weights) if found.HasField("weights") else None
+            if memory is not None:
+                self.weights.look(segment, memory)
+
     def _pull(self, server: int) -> Any:
-        return self._stubs[server].pull(iter([pb.PullRequest(membership=self._membership)]))
+        looks = server < len(self._segments) and self.weights.looks(server)
+        return self._stubs[server].pull(iter([pb.PullRequest(membership=self._membership, looks=looks)]))
 
     def leave(self) -> None:
         """Take part no more after the task at hand; from a signal handler."""
@@ -354,22 +416,29 @@ class Client:
     def _push(self, task: pb.Compute, partials: Partials) -> None:
         """Send all that was computed, each segment to its server."""
         held = _Held(task, partials)
-        chunks = [held.chunks(segment, lo, hi, self._written) for segment, (lo, hi) in enumerate(self._segments)]
+        chunks = [
+            held.chunks(segment, lo, hi, self._written, together=self._lends(segment))
+            for segment, (lo, hi) in enumerate(self._segments)
+        ]
         with self.weights.lock:
             self._held = held
         for segment, some in enumerate(chunks):
-            for node, start, stop in some:
-                self._send(segment, held, node, start, stop)
+            for node, part in some:
+                self._send(segment, held, node, part)
+
+    def _lends(self, segment: int) -> bool:
+        """Whether a segment's partials are looked at where they lie: those that would be sent as they are."""
+        return segment in self._looks and _within(self._written, self._segments[segment][0]).at(0) == pb.ENCODING_RAW
 
     def _free(self, task: pb.Compute) -> bool:
         """Wait until nobody may want what lies in the outbox any more; False where there is nothing more to do.
 
-        What was computed must have left its memory, and where it is of the same step, or may be late, all servers must
-        have taken it: they might ask for a chunk again.
+        What was computed must have left its memory, and where it is of the same step, or may be late, or is looked at
+        where it lies, all servers must have taken it: they might ask for a chunk again.
         """
         weights = self.weights
         while (held := self._held) is not None and not weights.broken:
-            over = held.task.step != task.step and not task.HasField("weights")
+            over = held.task.step != task.step and not task.HasField("weights") and not held.lent
             if not held.leaving and (over or not held.awaited):
                 break
             weights.lock.wait(_LOOK)
@@ -378,9 +447,10 @@ class Client:
             raise Broken
         return True
 
-    def _send(self, segment: int, held: "_Held", node: Node, start: int, stop: int) -> None:
-        """Send a chunk: elements start to stop of a segment of what is held for a node."""
+    def _send(self, segment: int, held: "_Held", node: Node, some: Sequence[tuple[int, int]]) -> None:
+        """Send chunks that follow each other, elements start to stop of a segment of what is held for a node."""
         lo, hi = self._segments[segment]
+        first, last = some[0][0], some[-1][1]
         place = pb.Place(
             membership=self._membership,
             step=held.task.step,
@@ -388,13 +458,21 @@ class Client:
             segment=segment,
             lo=node.lo,
             hi=node.hi,
-            offset=start,
+            offset=first,
             total=hi - lo,
-            encoding=_within(self._written, lo).at(start),
+            encoding=_within(self._written, lo).at(first),
         )
 
         def message() -> bytes:
-            made = encode(place, held.vectors[node][lo + start : lo + stop])
+            vector, where = held.vectors[node][lo:hi], None
+            if self._lends(segment) and self._compute.lent is not None:
+                where = self._compute.lent.where(vector[first:last])
+            if where is None:
+                assert len(some) == 1
+                made = encode(place, vector[first:last])
+            else:
+                made = codec.lent(place, [vector[start:stop] for start, stop in some], where)
+                held.lent = True
             with self.weights.lock:
                 held.leaving -= 1
                 self.weights.lock.notify_all()
@@ -502,35 +580,40 @@ class Client:
 class _Held:
     """What was computed for a task, as long as it lies in the outbox.
 
-    ``leaving`` chunks are on their way out of it, and ``awaited`` are the segments that are not complete elsewhere.
+    ``leaving`` messages are on their way out of it, and ``awaited`` are the segments that are not complete elsewhere.
     """
 
     def __init__(self, task: pb.Compute, partials: Partials) -> None:
         self.task = task
         self.vectors = dict(zip(partials.nodes, partials.vectors, strict=True))
         self.leaving = 0
+        self.lent = False
+        """Whether any of it is looked at where it lies."""
         self.awaited: set[int] = set()
 
-    def chunks(self, segment: int, lo: int, hi: int, written: Written) -> list[tuple[Node, int, int]]:
-        """The chunks of a segment, all of which are to leave."""
-        found = [
-            (node, start, stop)
-            for node, vector in self.vectors.items()
-            for start, stop in cuts(hi - lo, vector.dtype.itemsize, _within(written, lo).parameters)
-        ]
+    def chunks(
+        self, segment: int, lo: int, hi: int, written: Written, *, together: bool
+    ) -> list[tuple[Node, Sequence[tuple[int, int]]]]:
+        """The chunks of a segment, all of which are to leave, each alone or several ``together``."""
+        found = []
+        for node, vector in self.vectors.items():
+            every = cuts(hi - lo, vector.dtype.itemsize, _within(written, lo).parameters)
+            found += [(node, some) for some in (codec.together(every) if together else [[cut] for cut in every])]
         self.leaving += len(found)
         if found:
             self.awaited.add(segment)
         return found
 
-    def chunk(self, answer: pb.PushResponse, lo: int, hi: int, written: Written) -> tuple[Node, int, int] | None:
+    def chunk(
+        self, answer: pb.PushResponse, lo: int, hi: int, written: Written
+    ) -> tuple[Node, Sequence[tuple[int, int]]] | None:
         """The one that an answer is about; None where there is none like that."""
         node = Node(answer.lo, answer.hi)
         if node not in self.vectors:
             return None
         border = _within(written, lo).parameters
         stop = dict(cuts(hi - lo, self.vectors[node].dtype.itemsize, border)).get(answer.offset)
-        return None if stop is None else (node, answer.offset, stop)
+        return None if stop is None else (node, [(answer.offset, stop)])
 
 
 def _within(written: Written, lo: int) -> Written:

@@ -5,6 +5,7 @@ taken apart without one: generated code copies the data once more each way. Any 
 generated code.
 """
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
@@ -19,8 +20,14 @@ from dptrain.v1 import parameter_server_pb2 as pb
 CHUNK = 1 << 20
 """The most bytes of data in a chunk."""
 
+TOGETHER = 16
+"""The most chunks that one message tells of."""
+
 Version = tuple[int, bool]
 """The number of steps that led to weights, and whether they are the best ones."""
+
+_ALIGNED = 16
+"""Elements; a chunk is cut at their multiples."""
 
 _PLACE, _DATA = b"\x0a", b"\x12"
 _LONGEST_VARINT = 5
@@ -63,11 +70,19 @@ class Written(NamedTuple):
 def cuts(elements: int, itemsize: int, border: int = 0) -> list[tuple[int, int]]:
     """The chunks of a segment: ranges of elements, none of them across the border.
 
+    All on one side of it are about as long, so that one can be on its way while another is made, and a third is read.
     A segment without elements has none.
     """
-    step, middle = CHUNK // itemsize, min(border, elements)
-    starts = [*range(0, middle, step), *range(middle, elements, step)]
-    return list(pairwise([*starts, elements]))
+    middle = min(border, elements)
+    return [*_even(0, middle, CHUNK // itemsize), *_even(middle, elements, CHUNK // itemsize)]
+
+
+def _even(lo: int, hi: int, most: int) -> list[tuple[int, int]]:
+    """As few ranges of at most so many elements as there can be."""
+    count = -(-(hi - lo) // most)
+    # Rounded up to where memory is aligned, none gets longer than the most, which is a multiple too.
+    starts = [lo + -(-(hi - lo) * i // (count * _ALIGNED)) * _ALIGNED for i in range(count)]
+    return list(pairwise([*starts, hi]))
 
 
 def checksum(data: bytes | memoryview) -> int:
@@ -86,6 +101,45 @@ def encode(place: pb.Place, vector: Array) -> bytes:
     place.checksum = checksum(data)
     head = place.SerializeToString()
     return b"".join((_PLACE, _varint(len(head)), head, _DATA, _varint(len(data)), data))
+
+
+def together(some: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
+    """Chunks that follow each other, as they are told of in one message each where they lie in memory that is lent."""
+    return [some[at : at + TOGETHER] for at in range(0, len(some), TOGETHER)]
+
+
+def lent(place: pb.Place, vectors: Sequence[Array], where: pb.Lent) -> bytes:
+    """Chunks one after the other, of the first of which ``place`` is, that lie ``where`` the receiver looks."""
+    place.checksum, *following = [checksum(vector.data) for vector in vectors]
+    place.lent.CopyFrom(where)
+    place.lent.following.extend(following)
+    head = place.SerializeToString()
+    return b"".join((_PLACE, _varint(len(head)), head))
+
+
+def looked_at(piece: Piece, memory: Array | None, cuts: Mapping[int, int], itemsize: int) -> list[Piece]:
+    """The chunks that a message stands for, with their bytes, which may lie in the sender's memory.
+
+    ``cuts`` are where the segment's chunks begin and end. Raises ValueError where these are none, or that isn't lent.
+    """
+    if not piece.place.HasField("lent"):
+        return [piece]
+    lent = piece.place.lent
+    if memory is None or len(piece.data) or lent.at + lent.bytes > len(memory):
+        raise ValueError("no memory that is lent")
+    data, found, at, offset = memory[lent.at : lent.at + lent.bytes].data, [], 0, piece.place.offset
+    for checksum in (piece.place.checksum, *lent.following):
+        place = pb.Place()
+        place.CopyFrom(piece.place)
+        place.offset, place.checksum = offset, checksum
+        stop = cuts.get(offset)
+        if stop is None:
+            raise ValueError(f"no chunk begins at element {offset}")
+        found.append(Piece(place, data[at : at + (stop - offset) * itemsize]))
+        at, offset = at + (stop - offset) * itemsize, stop
+    if at != lent.bytes:
+        raise ValueError(f"{lent.bytes} bytes are not those of the chunks")
+    return found
 
 
 def decode_push(message: bytes) -> Piece:

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.board import BEAT
+from dptrain.exchange.parameter_server import lending
 from dptrain.exchange.parameter_server.host_memory import most_slots
 from dptrain.exchange.parameter_server.means import Means
 from dptrain.exchange.parameter_server.residuals import Keeping, beside
@@ -22,6 +23,7 @@ class Compute(Protocol):
 
     who: str
     weights: Array
+    lent: lending.Lent | None
     keeping: Keeping | None
     """The shards' residuals, where they keep any."""
 
@@ -60,7 +62,7 @@ class Here:
             self.keeping = Keeping(self._residuals)
         self._means, self._phases = means, phases
         means.tell(phases)
-        self._outbox = np.zeros((most_slots(means.accumulator.shards), model.layout.size), model.dtype)
+        self._outbox, self.lent = lending.rows(most_slots(means.accumulator.shards), model.layout.size, model.dtype)
 
     def partials(self, step: int, lo: int, hi: int, updates: int = 0) -> Partials:
         """See Compute."""

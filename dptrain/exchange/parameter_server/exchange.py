@@ -27,7 +27,7 @@ from dptrain.errors import (
     exit_code,
 )
 from dptrain.exchange.communicator import Message
-from dptrain.exchange.parameter_server import leases
+from dptrain.exchange.parameter_server import leases, lending
 from dptrain.exchange.parameter_server.codec import Written
 from dptrain.exchange.parameter_server.hub import Member, Part
 from dptrain.exchange.parameter_server.intake import Box, Intake
@@ -89,7 +89,9 @@ class ParameterServer(Exchange):
         size = update.layout.size
         self.outbox = np.zeros((1, size), dtype)
         kept = membership.shards if update.gradients.feeds_back else 0
-        self.store = Store(update.layout, len(update.optimizer.slots), dtype, kept, elsewhere=True)
+        slots = len(update.optimizer.slots)
+        vectors, self._lent = lending.rows(2, size, dtype)
+        self.store = Store(update.layout, slots, dtype, kept, elsewhere=True, vectors=vectors)
         self._ledger = Ledger(self.store.residuals(0)) if kept else None
         self.hub.residuals = self._ledger
         self._begun = False
@@ -151,7 +153,9 @@ class ParameterServer(Exchange):
         job = int(self._identity["job"].removeprefix("sha256:")[:16], 16)
         rank, servers = self.membership.rank, self._servers
         lo, hi = self._segments[rank]
-        self.outlet = Outlet(job, rank, lo, hi, asked=self.hands_out)
+        # Who gets one version alone may come for it when its memory is another's.
+        lent = None if self.hands_out else self._lent
+        self.outlet = Outlet(job, rank, lo, hi, asked=self.hands_out, lent=lent)
         part = Part(
             identity=self._identity,
             job=job,
@@ -163,6 +167,7 @@ class ParameterServer(Exchange):
             segments=self._count,
             owners=frozenset(rank for rank, (lo, hi) in enumerate(self._segments) if lo < hi),
             era=servers.era,
+            lent=lent,
             tell=servers.notify,
         )
         self.hub.admit(part)

@@ -21,8 +21,10 @@ from dptrain.errors import ArithmeticMismatch, BusyError, DataError, DptrainErro
 from dptrain.exchange.parameter_server.codec import Piece, Version
 from dptrain.exchange.parameter_server.intake import Intake
 from dptrain.exchange.parameter_server.leases import Lease
+from dptrain.exchange.parameter_server.lending import Lent, look
 from dptrain.exchange.parameter_server.outlet import Listening, Outlet
 from dptrain.exchange.parameter_server.residuals import Claims, Ledger, claimed
+from dptrain.layout import Array
 from dptrain.nn.accumulate import TALLIES
 from dptrain.tree import subtrees
 from dptrain.v1 import parameter_server_pb2 as pb
@@ -38,8 +40,8 @@ class Part(NamedTuple):
     """A server's part in a run: it is that of ``rank`` among ``servers`` (their numbers), of which ``owners`` have a
     segment each, by their ranks; ``segments`` is how many there are, empty ones among them.
 
-    ``tell`` tells other servers, by their ranks. ``job`` is the number of the job that workers must have, and
-    ``identity`` what else they have to agree with.
+    ``tell`` tells other servers, by their ranks. ``lent`` is where the weights lie, if workers may look there.
+    ``job`` is the number of the job that workers must have, and ``identity`` what else they have to agree with.
     """
 
     identity: Mapping[str, str]
@@ -52,7 +54,16 @@ class Part(NamedTuple):
     segments: int
     owners: frozenset[int]
     era: int
+    lent: Lent | None
     tell: Callable[[pb.Notice, Sequence[int]], None]
+
+
+class Taken(NamedTuple):
+    """What became of a chunk, and why; OUTCOME_UNSPECIFIED: it was taken."""
+
+    place: pb.Place
+    outcome: pb.Outcome.ValueType
+    reason: str
 
 
 @dataclass
@@ -127,6 +138,8 @@ class Hub:
         self.stands_by = False
         self._epochs: dict[int, int] = {}
         """Whom messages may be of."""
+        self._looks: dict[int, Array] = {}
+        """The memory of those that lend theirs."""
         self._early: list[tuple[int, pb.Notice]] = []
         """Notices of a time that has not come here yet."""
 
@@ -139,7 +152,7 @@ class Hub:
                 self.part.outlet.close(changed=True)
             for member in self.members.values():
                 member.tasks.put(None)
-            for forgotten in (self.members, self.open, self._epochs, self.losses):
+            for forgotten in (self.members, self.open, self._epochs, self._looks, self.losses):
                 forgotten.clear()
             self.part, self.number = part, part.job
             self.stands_by = part.rank != 0
@@ -235,6 +248,7 @@ class Hub:
         member.tasks.put(None)
         self.losses.append((member, why))
         self._epochs.pop(number, None)
+        self._looks.pop(number, None)
         assert self.part is not None
         self.part.outlet.forget(number)
         self.part.tell(pb.Notice(lost=number), range(len(self.part.servers)))
@@ -274,6 +288,7 @@ class Hub:
             self._epochs[notice.joined.worker] = notice.joined.epoch
         elif what == "lost":
             self._epochs.pop(notice.lost, None)
+            self._looks.pop(notice.lost, None)
             part.intake.forget(notice.lost)
             part.outlet.forget(notice.lost)
         elif what == "granted":
@@ -387,12 +402,12 @@ class Hub:
                 self.changed.notify_all()
             return True
 
-    def push(self, piece: Piece) -> tuple[pb.Outcome.ValueType, str]:
-        """A chunk of a partial."""
+    def push(self, piece: Piece) -> list[Taken]:
+        """What became of the chunks of a partial that a message stands for."""
         place = piece.place
         part = self.part
         if part is None or place.membership.job != self.number:
-            return pb.OUTCOME_STALE, "it is of another job"
+            return [Taken(place, pb.OUTCOME_STALE, "it is of another job")]
         with self.changed:
             # The chief's word on a lease may come later than what is computed by it.
             if part.rank and self._lease < place.lease < self._lease + _AHEAD:
@@ -400,31 +415,53 @@ class Hub:
             open_ = self.open.get(place.lease)
             known = part is self.part and self._known(place.membership)
             if not known or open_ is None or open_.lease.member != place.membership.worker:
-                return pb.OUTCOME_STALE, f"lease {place.lease} does not count any more"
+                return [Taken(place, pb.OUTCOME_STALE, f"lease {place.lease} does not count any more")]
             if place.step != open_.step:
-                return pb.OUTCOME_STALE, f"lease {place.lease} is not of step {place.step}"
-        outcome, reason = part.intake.take(piece)
-        if outcome == pb.OUTCOME_COMPLETE:
-            with self.changed:
-                open_.missing.discard(part.rank)
-                if part.rank:
-                    part.tell(pb.Notice(whole=place.lease, not_finite=not part.intake.finite(place.lease)), [0])
-                else:
-                    if place.membership.worker in self.members:
-                        self.members[place.membership.worker].heard = time.monotonic()
-                    if open_.rows is not None and open_.whole:
-                        self.changed.notify_all()
-        return outcome, reason
+                return [Taken(place, pb.OUTCOME_STALE, f"lease {place.lease} is not of step {place.step}")]
+            memory = self._looks.get(place.membership.worker)
+        try:
+            pieces = part.intake.looked_at(piece, memory)
+        except ValueError as error:
+            return [Taken(place, pb.OUTCOME_REFUSED, str(error))]
+        taken = [Taken(one.place, *part.intake.take(one)) for one in pieces]
+        if any(one.outcome == pb.OUTCOME_COMPLETE for one in taken):
+            self._complete(part, open_, place)
+        return taken
 
-    def listen(self, membership: pb.Membership) -> Listening | None:
+    def _complete(self, part: Part, open_: Answered, place: pb.Place) -> None:
+        """All vectors of a lease are here."""
+        with self.changed:
+            open_.missing.discard(part.rank)
+            if part.rank:
+                part.tell(pb.Notice(whole=place.lease, not_finite=not part.intake.finite(place.lease)), [0])
+            else:
+                if place.membership.worker in self.members:
+                    self.members[place.membership.worker].heard = time.monotonic()
+                if open_.rows is not None and open_.whole:
+                    self.changed.notify_all()
+
+    def listen(self, request: pb.PullRequest) -> Listening | None:
         """To the weights; None for who doesn't take part."""
         with self.changed:
-            part = self.part
-            if part is not None and part.rank:
-                self.changed.wait_for(lambda: self._known(membership) or self._over(part), _NEWS)
-            if part is None or part is not self.part or not self._known(membership):
-                return None
-            return part.outlet.listen(membership.worker)
+            part = self._part_for(request.membership)
+            return None if part is None else part.outlet.listen(request.membership.worker, looks=request.looks)
+
+    def lend(self, request: pb.LendRequest) -> pb.LendResponse:
+        """A worker of this machine lends its memory."""
+        with self.changed:
+            part = self._part_for(request.membership)
+            found = None if part is None else look(request.partials)
+            if part is None or found is None:
+                return pb.LendResponse()
+            self._looks[request.membership.worker] = found
+            return pb.LendResponse(looks=True, weights=None if part.lent is None else part.lent.told)
+
+    def _part_for(self, membership: pb.Membership) -> Part | None:
+        """The part played for who takes part, which the chief's word may still have to say; None for others."""
+        part = self.part
+        if part is not None and part.rank:
+            self.changed.wait_for(lambda: self._known(membership) or self._over(part), _NEWS)
+        return part if part is self.part and self._known(membership) else None
 
     def _known(self, membership: pb.Membership) -> bool:
         epoch = self._epochs.get(membership.worker)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from dptrain.exchange.parameter_server.codec import Piece, Written, checksum, cuts, elements, fits
+from dptrain.exchange.parameter_server.codec import Piece, Written, checksum, cuts, elements, fits, looked_at
 from dptrain.layout import Array
 from dptrain.tree import Node
 from dptrain.v1 import parameter_server_pb2 as pb
+
+_DAMAGED = "the checksum is not that of the bytes"
 
 Spot = tuple[int, int]
 """A row of a box, and the first element of a chunk in it."""
@@ -109,6 +111,10 @@ class Intake:
         for key in [key for key in self._memory if key[0] == member]:
             del self._memory[key]
 
+    def looked_at(self, piece: Piece, memory: Array | None) -> list[Piece]:
+        """The chunks that a message stands for, which may lie in that memory. Raises ValueError."""
+        return looked_at(piece, memory, self._cuts, self.dtype.itemsize)
+
     def take(self, piece: Piece) -> tuple[pb.Outcome.ValueType, str]:
         """What became of a chunk, whose membership was looked at before, and why; OUTCOME_UNSPECIFIED: taken."""
         place = piece.place
@@ -119,8 +125,9 @@ class Intake:
         wrong = self._wrong(piece, box)
         if wrong:
             return pb.OUTCOME_REFUSED, wrong
-        if checksum(piece.data) != place.checksum:
-            return pb.OUTCOME_DAMAGED, "the checksum is not that of the bytes"
+        lent = place.HasField("lent")
+        if not lent and checksum(piece.data) != place.checksum:
+            return pb.OUTCOME_DAMAGED, _DAMAGED
         spot = (box.nodes.index(Node(place.lo, place.hi)), place.offset)
         with self._lock:
             if box.shut:
@@ -140,6 +147,11 @@ class Intake:
             with self._lock:
                 del box.sums[spot]
             return pb.OUTCOME_REFUSED, str(error)
+        if lent and checksum(some.data) != place.checksum:
+            # Bytes that another process may write to are known only once they are copied.
+            with self._lock:
+                del box.sums[spot]
+            return pb.OUTCOME_DAMAGED, _DAMAGED
         # A sum of squares is quicker, and may be infinite though all are finite.
         finite = bool(np.isfinite(np.dot(some, some)) or np.isfinite(some).all())
         with self._lock:
@@ -155,6 +167,8 @@ class Intake:
             return f"shards {place.lo} to {place.hi} are no node of lease {place.lease}"
         if not self._written.may_be(place.encoding, place.offset):
             return f"encoding {place.encoding} is not the job's"
+        if place.HasField("lent") and place.encoding != pb.ENCODING_RAW:
+            return "only elements as they are can be lent"
         stop = self._cuts.get(place.offset)
         if stop is None or not fits(piece, stop - place.offset, self.dtype):
             return f"{len(piece.data)} bytes at element {place.offset} are no chunk"

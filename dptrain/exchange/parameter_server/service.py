@@ -2,4 +2,4 @@
 
 SERVICE = "dptrain.v1.ParameterServerService"
 
-METHODS = ("GetJob", "Join", "Leave", "Work", "Push", "Pull", "Follow")
+METHODS = ("GetJob", "Join", "Lend", "Leave", "Work", "Push", "Pull", "Follow")

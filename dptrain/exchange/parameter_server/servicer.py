@@ -32,6 +32,7 @@ class Servicer:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "GetJob": unary(self.get_job, pb.GetJobRequest.FromString, pb.GetJobResponse.SerializeToString),
             "Join": unary(self.join, pb.JoinRequest.FromString, pb.JoinResponse.SerializeToString),
+            "Lend": unary(self.lend, pb.LendRequest.FromString, pb.LendResponse.SerializeToString),
             "Leave": unary(self.leave, pb.LeaveRequest.FromString, pb.LeaveResponse.SerializeToString),
             "Work": stream(self.work, pb.WorkRequest.FromString, pb.WorkResponse.SerializeToString),
             # Chunks are bytes already when they get here.
@@ -49,6 +50,12 @@ class Servicer:
     def join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
         """See the proto."""
         return self._hub.join(request, self._join_seconds)
+
+    def lend(self, request: pb.LendRequest, context: grpc.ServicerContext) -> pb.LendResponse:
+        """See the proto. Who comes another way is on another machine, or may be."""
+        if not context.peer().startswith("unix:"):
+            return pb.LendResponse()
+        return self._hub.lend(request)
 
     def leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
         """See the proto."""
@@ -82,9 +89,9 @@ class Servicer:
     def push(self, requests: Iterator[Piece], context: grpc.ServicerContext) -> Iterator[pb.PushResponse]:
         """See the proto."""
         for piece in requests:
-            outcome, reason = self._hub.push(piece)
-            if outcome != pb.OUTCOME_UNSPECIFIED:
-                place = piece.place
+            for place, outcome, reason in self._hub.push(piece):
+                if outcome == pb.OUTCOME_UNSPECIFIED:
+                    continue
                 answer = pb.PushResponse(lease=place.lease, outcome=outcome, reason=reason)
                 if outcome == pb.OUTCOME_DAMAGED:
                     answer.lo, answer.hi, answer.offset = place.lo, place.hi, place.offset
@@ -93,7 +100,7 @@ class Servicer:
     def pull(self, requests: Iterator[pb.PullRequest], context: grpc.ServicerContext) -> Iterator[bytes]:
         """See the proto."""
         first = next(requests, None)
-        listening = None if first is None else self._hub.listen(first.membership)
+        listening = None if first is None else self._hub.listen(first)
         if listening is None:
             raise _stranger()
         if context.add_callback(listening.stop):

@@ -26,6 +26,7 @@ from dptrain.board import BEAT
 from dptrain.errors import ArithmeticMismatch, DeadlineError, DptrainError, OutOfMemory, PoisonError, WorkerCrashed
 from dptrain.exchange import shared_memory
 from dptrain.exchange.parameter_server.host_memory import HostMemory, most_slots
+from dptrain.exchange.parameter_server.lending import Lent
 from dptrain.exchange.parameter_server.line import SLEEPLESS, Gone, Lines
 from dptrain.exchange.parameter_server.means import Means
 from dptrain.exchange.parameter_server.place import Place, Task, command
@@ -105,6 +106,7 @@ class Several:
         mapped = shared_memory.attach(f"/proc/self/fd/{self._reserved.handle}", memory.nbytes)
         assert mapped is not None
         self._placed = memory.place(mapped)
+        self.lent: Lent | None = Lent(self._reserved.handle, mapped)
         self.weights = self._placed.weights
         self.keeping = Keeping(self._placed.residuals) if shape["kept"] else None
         self._sums: dict[tuple[tuple[int, int, int], ...], _Sum] = {}

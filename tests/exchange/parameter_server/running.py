@@ -15,14 +15,17 @@ from dptrain.serve import serve
 class Cluster:
     """A server in the thread that calls ``train``, others beside it, and workers, which start when it listens.
 
-    ``servers`` have a segment each; with ``standby`` there is one more without.
+    ``servers`` have a segment each; with ``standby`` there is one more without. With ``tcp`` the one that there is
+    listens on a port of its own choice, and otherwise on Unix sockets.
     """
 
-    def __init__(self, job: Job, folder: Path, servers: int = 1, *, standby: bool = False) -> None:
+    def __init__(self, job: Job, folder: Path, servers: int = 1, *, standby: bool = False, tcp: bool = False) -> None:
         self.job = replace(job, exchange=replace(job.exchange, type="ps", deadline=60.0))
         self.folder = folder
         self.servers, self.standby = servers, standby
         self.addresses = [f"unix:{folder / f'server-{number}.sock'}" for number in range(servers + standby)]
+        if tcp:
+            self.addresses = ["127.0.0.1:0"]
         self.address = self.addresses[0]
         self.codes: list[int | BaseException] = []
         self.others: list[Result | BaseException] = []
@@ -49,6 +52,7 @@ class Cluster:
                 self.others.append(error)
 
         def begin(address: str) -> None:
+            self.addresses[0] = address
             for number, other in enumerate(self.addresses[1:], 1):
                 self._start(lambda number=number, other=other: follow(number, other))  # type: ignore[misc]
             for _ in range(workers):

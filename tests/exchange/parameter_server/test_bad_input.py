@@ -91,6 +91,9 @@ class Hostile(Client):
 
     spoilt: tuple[Spoil, ...] = tuple(SPOILT.values())
 
+    def _lend(self) -> None:
+        """Chunks have their bytes with them."""
+
     def _push(self, task: pb.Compute, partials: Partials) -> None:
         held: list[Any] = []
         chunks = self._chunks[0]
@@ -158,7 +161,7 @@ def attacked(tmp_path: Path, attack: Callable[[grpc.Channel], None]) -> str:
 
 
 def raw(channel: grpc.Channel, method: str) -> Any:
-    kind = "unary_unary" if method in ("GetJob", "Join", "Leave") else "stream_stream"
+    kind = "unary_unary" if method in ("GetJob", "Join", "Lend", "Leave") else "stream_stream"
     return getattr(channel, kind)(f"/{SERVICE}/{method}")
 
 
@@ -166,7 +169,7 @@ def sent(channel: grpc.Channel, method: str, data: bytes, **more: Any) -> grpc.S
     """How a call with one message ends."""
     call = raw(channel, method)
     try:
-        if method in ("GetJob", "Join", "Leave"):
+        if method in ("GetJob", "Join", "Lend", "Leave"):
             call(data, timeout=20, **more)
         else:
             list(call(iter([data]), timeout=20, **more))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dptrain.exchange.parameter_server.client import Client
 from dptrain.exchange.parameter_server.codec import Piece, decode_pull, decode_push
 from dptrain.result import Result
 from dptrain.training import run
@@ -68,6 +69,7 @@ def test_damaged_chunks_are_sent_again(
 
         monkeypatch.setattr(f"dptrain.exchange.parameter_server.{where}", spoilt)
 
+    monkeypatch.setattr(Client, "_lend", lambda self: None)
     damage("servicer.decode_push", decode_push, 5)
     damage("codec.decode_pull", decode_pull, 7)
     cluster = Cluster(CASES["mlp"], tmp_path, 2)
