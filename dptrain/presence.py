@@ -14,8 +14,8 @@ def alive(path: Path) -> Iterator[None]:
     """Within it, and as long as this process lives, whoever asks finds the run ``occupied``."""
     try:
         handle = os.open(path / ALIVE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:
-        # A sign of life is not worth a run.
+    except (OSError, TypeError):
+        # A sign of life is not worth a run, and one of another machine (afar.FarPath) has none here.
         yield
         return
     try:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dptrain import presence
+from dptrain import afar, presence
 
 _STAYS = """
 import sys
@@ -40,3 +40,8 @@ def test_who_is_killed_is_there_no_more(tmp_path: Path) -> None:
 def test_where_nothing_can_be_written_nobody_is_kept_from_training(tmp_path: Path) -> None:
     with presence.alive(tmp_path / "none"):
         assert not presence.occupied(tmp_path / "none")
+
+
+def test_a_run_of_another_machine_has_no_sign_of_life_here() -> None:
+    with presence.alive(afar.FarPath("run")):
+        pass
