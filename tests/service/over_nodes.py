@@ -112,7 +112,7 @@ class Service:
         assert until(seen, 30, nap=0.02), self.server.err
         return found[rank]
 
-    def whole(self, job: str) -> None:
+    def whole(self, job: str, last: int = STEPS) -> None:
         """A job's journal tells of every step once a launch, in order, and of the last one."""
         lines = journal.read_all(self.data / JOBS / job / "run" / rundir.JOURNAL)
         steps: dict[int, list[int]] = {}
@@ -122,7 +122,7 @@ class Service:
         assert all(some == sorted(set(some)) for some in steps.values()), steps
         found = [line["step"] for line in journal.read_steps(self.data / JOBS / job / "run" / rundir.JOURNAL)]
         assert found == sorted(set(found)), found
-        assert max(found) == STEPS
+        assert max(found) == last
 
     def result(self, job: str) -> dict[str, Any]:
         """What a job came to, as soon as it has."""

@@ -1,0 +1,47 @@
+"""What may become of nodes while jobs run on them: each a network namespace of its own, with nothing in common.
+
+Two jobs run at a time, one by a parameter server and one over MPI, so that each fault meets both.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.network import missing
+from tests.service import over_nodes
+from tests.service.jobs import solo_hash
+from tests.service.over_nodes import STEPS, TEXT, WHAT
+
+FEW = {"ps": 1500, "node": 600}
+"""Steps of each kind of job, which are done when the other's are, about."""
+
+TEXTS = {kind: TEXT.replace(f"steps = {STEPS}", f"steps = {few}") for kind, few in FEW.items()}
+
+# What befalls a worker of MPI alone is test_lending's.
+CASES = [what for what in WHAT if what not in ("worker killed", "chief killed")]
+
+
+@pytest.fixture(scope="module")
+def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {kind: solo_hash(tmp_path_factory.mktemp("truth"), text) for kind, text in TEXTS.items()}
+
+
+@pytest.mark.skipif(missing() != "", reason=missing() or "nodes can be made")
+@pytest.mark.parametrize("what", ["nothing", *CASES])
+def test_the_hash_is_solos(what: str, truths: dict[str, str], tmp_path: Path) -> None:
+    with over_nodes.service(tmp_path / "place") as service:
+        service.apart = True
+        agents = {node: service.agent(node, slots=2) for node in (1, 2, 3)}
+        service.seen("node joined", 3)
+        # Those over MPI take longer to begin.
+        jobs = {
+            kind: service.submit("-n", "3", text=f'{TEXTS[kind]}\n[exchange]\ntype = "{kind}"\n')
+            for kind in ("node", "ps")
+        }
+        for kind, job in jobs.items():
+            service.reaches(job, FEW[kind] // 10)
+        if what != "nothing":
+            WHAT[what](service, agents)
+        for kind, job in jobs.items():
+            assert service.result(job)["weights_sha256"] == truths[kind], kind
+            service.whole(job, FEW[kind])
