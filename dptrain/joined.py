@@ -20,6 +20,7 @@ from dptrain.job.spec import Job, plain, rebuild
 
 if TYPE_CHECKING:
     from dptrain.exchange.parameter_server.compute import Compute
+    from dptrain.exchange.parameter_server.invitation import Invitation
     from dptrain.parts import Parts
     from dptrain.wire.address import Address
     from dptrain.wire.security import Calling
@@ -29,6 +30,9 @@ _LEAVE_SECONDS = 2.0
 
 _FIRST, _MOST = 0.1, 5.0
 """Seconds between attempts to come back to a server that was lost, at first and at most."""
+
+_FIND_SECONDS = 1.0
+"""Seconds in which one of several servers must be reached before the next is asked for the job."""
 
 _ASK_SECONDS = 5.0
 """Seconds, at most, in which one of several servers must say which one it is."""
@@ -49,7 +53,6 @@ def work(
     UnreachableError after that, what the server refuses this worker with, and what fails here, of which the server is
     told too.
     """
-    from dptrain.exchange.parameter_server.invitation import ask
     from dptrain.wire.address import parse
     from dptrain.wire.channel import connect
 
@@ -64,7 +67,7 @@ def work(
 
         for address in addresses:
             open_to(address)
-        invitation = ask(channels[0][1], addresses[0], seconds)
+        invitation = _invited(channels, seconds)
         if len(addresses) < len(invitation.servers):
             # The chief knows where the others are; by names of its own, so it is asked only for want of other ones.
             for address in map(parse, invitation.servers):
@@ -79,6 +82,21 @@ def work(
         arithmetic.choose(job.arithmetic.kernels, job.arithmetic.threads)
         left.enter_context(arithmetic.limited(job.arithmetic.threads))
         return _work(channels, job, processes, seconds)
+
+
+def _invited(servers: Sequence[tuple["Address", Any]], seconds: float) -> "Invitation":
+    """The invitation of any of the servers, asked in turn: the first of them may be gone. Raises DptrainError."""
+    from dptrain.exchange.parameter_server.invitation import ask
+
+    until = time.monotonic() + seconds
+    for address, channel in itertools.cycle(servers):
+        left = until - time.monotonic()
+        try:
+            return ask(channel, address, left if len(servers) == 1 else max(0.1, min(_FIND_SECONDS, left)))
+        except UnreachableError:
+            if time.monotonic() >= until:
+                raise
+    raise AssertionError("there is no server")
 
 
 @contextmanager

@@ -52,6 +52,19 @@ def test_the_hash_is_solos(
         same(other, truths[name])
 
 
+def test_a_worker_that_comes_after_the_first_server_is_gone(truths: dict[str, Result], tmp_path: Path) -> None:
+    cluster = Cluster(CASES["mlp"], tmp_path)
+
+    def ready() -> None:
+        cluster.addresses = [f"unix:{tmp_path / 'gone.sock'}", cluster.addresses[0]]
+        cluster.worker()
+
+    result = cluster.train(ready=ready)
+    assert not cluster.others
+    same(result, truths["mlp"])
+    assert cluster.codes == [0]
+
+
 def test_damaged_chunks_are_sent_again(
     truths: dict[str, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
