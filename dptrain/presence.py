@@ -13,16 +13,34 @@ ALIVE = ".alive"
 def alive(path: Path) -> Iterator[None]:
     """Within it, and as long as this process lives, whoever asks finds the run ``occupied``."""
     try:
-        handle = os.open(path / ALIVE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = _shared(path / ALIVE)
     except (OSError, TypeError):
         # A sign of life is not worth a run, and one of another machine (afar.FarPath) has none here.
         yield
         return
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_SH)
         yield
     finally:
+        with contextlib.suppress(OSError):
+            # Whoever leaves last takes it along; one who was killed leaves it, unlocked.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path / ALIVE)
+        os.close(handle)
+
+
+def _shared(path: Path) -> int:
+    """The file that has this name, open and locked; it may have been taken along between the two."""
+    while True:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_SH)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)
 
 

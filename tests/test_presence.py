@@ -24,6 +24,7 @@ def test_a_folder_is_occupied_until_the_last_has_gone(tmp_path: Path) -> None:
             pass
         assert presence.occupied(tmp_path)
     assert not presence.occupied(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_who_is_killed_is_there_no_more(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_every_worker_finds_the_same_arithmetic(results: Results) -> None:
 def test_the_suite_leaves_only_run_directories(results: Results) -> None:
     for result in some(results, case="node"):
         left = sorted(path.name for path in Path(result["run_dir"]).iterdir())
-        assert [name for name in left if not name.startswith(("events.out.tfevents.", ".alive"))] == [
+        assert [name for name in left if not name.startswith("events.out.tfevents.")] == [
             "checkpoints",
             "encoding.json",
             "job.toml",

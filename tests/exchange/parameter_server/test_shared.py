@@ -108,7 +108,7 @@ class All:
 
 def left_only_a_run(folder: Path) -> None:
     left = sorted(path.name for path in folder.iterdir())
-    assert [name for name in left if not name.startswith(("events.out.tfevents.", ".alive"))] == [
+    assert [name for name in left if not name.startswith("events.out.tfevents.")] == [
         "checkpoints",
         "encoding.json",
         "job.toml",
