@@ -11,6 +11,8 @@ skip() { echo "SKIPPED tests of containers: $*"; exit 0; }
 end() {
     docker image rm -f "$image" >/dev/null 2>&1 || true
     if [ -n "$engine" ]; then
+        docker ps --all --quiet | xargs --no-run-if-empty docker rm --force --volumes >/dev/null || true
+        docker network prune --force >/dev/null || true
         kill "$engine" && wait "$engine" 2>/dev/null || true
         # What an engine leaves behind in the system.
         umount "$work"/engine/exec/netns/* "$work"/engine/data/overlay2/*/merged 2>/dev/null || true
@@ -32,7 +34,8 @@ if ! docker info >/dev/null 2>&1; then
     mkdir "$work/engine"
     iptables-save >"$work/iptables"
     cat /proc/sys/net/ipv4/ip_forward >"$work/ip_forward"
-    dockerd --bridge none --host "$DOCKER_HOST" --data-root "$work/engine/data" --exec-root "$work/engine/exec" \
+    # Addresses that no rule of another engine, there or gone, speaks of.
+    dockerd --bridge none --default-address-pool base=10.213.0.0/16,size=24 --host "$DOCKER_HOST" --data-root "$work/engine/data" --exec-root "$work/engine/exec" \
         --pidfile "$work/engine/pid" >"$work/dockerd" 2>&1 &
     engine=$!
     for _ in $(seq 120); do
