@@ -66,13 +66,22 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             left.callback(process.wait, 60)
             left.callback(process.terminate)
 
-        def said() -> str:
-            line = ["sinfo", "--noheader", "--format", "%t"]
+        def said(*line: str) -> str:
             return subprocess.run(line, env=environ, capture_output=True, text=True, timeout=60, check=False).stdout
 
         start(*munge)
         assert until(socket_path.exists, 30, nap=0.05), (folder / "munged.log").read_text()
         start("slurmctld", "-D")
         start("slurmd", "-D", "-N", name)
-        assert until(lambda: said().strip() == "idle", 60, nap=0.2), (folder / "slurmctld.log").read_text()
-        yield environ
+
+        def idle() -> bool:
+            return said("sinfo", "--noheader", "--format", "%t").strip() == "idle"
+
+        assert until(idle, 60, nap=0.2), (folder / "slurmctld.log").read_text()
+        try:
+            yield environ
+        finally:
+            # What runs would outlive the daemons.
+            said("scancel", "--full", "--signal=KILL", "--user=root")
+            said("scancel", "--user=root")
+            until(lambda: not said("squeue", "--noheader").strip(), 60, nap=0.2)
