@@ -6,7 +6,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from dptrain import errors
-from dptrain.errors import DptrainError, JobError, PeerFailed, WorkerCrashed
+from dptrain.errors import DptrainError, JobError, PeerFailed, ResidualsLost, WorkerCrashed
 from dptrain.wire import statuses
 from dptrain.wire.channel import connect
 from dptrain.wire.security import Calling
@@ -24,6 +24,7 @@ def test_every_error_has_a_code() -> None:
     assert {kind.__name__ for kind in own} - {kind.__name__ for kind in statuses.CODES} == {
         "DptrainError",
         PeerFailed.__name__,  # said by another worker itself
+        ResidualsLost.__name__,  # never leaves a run
     }
 
 
