@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 from dptrain import arithmetic
@@ -25,7 +24,7 @@ from dptrain.layout import BLOCK, segments
 from dptrain.membership import Membership
 from dptrain.packing import RAW, encoding_of
 from dptrain.plan import Measured, measured, plan
-from dptrain.state import STRETCH
+from dptrain.state import stretches
 from dptrain.tree import Node, merged
 
 GOODPUT = 0.95
@@ -119,8 +118,7 @@ class Vector:
         """(owner, start, stop), from the end to the beginning, which is backward's order."""
         cuts = list(enumerate(segments(self.elements, coordinators)))
         for owner, (lo, hi) in reversed(cuts):
-            ends = sorted({*range(lo, hi, STRETCH), min(max(lo, self.parameters), hi), hi})
-            for start, stop in reversed(list(pairwise(ends))):
+            for start, stop in reversed(stretches(lo, hi, self.parameters)):
                 yield owner, start, stop
 
     def nbytes(self, start: int, stop: int) -> int:

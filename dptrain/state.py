@@ -155,6 +155,12 @@ STRETCH = 4 * BLOCK
 """Elements that all passes go over before the next ones: they stay in a core's cache, and few calls are needed."""
 
 
+def stretches(lo: int, hi: int, parameters: int) -> list[tuple[int, int]]:
+    """The stretches of elements lo to hi, each of parameters alone, or of the buffers behind them."""
+    cuts = sorted({*range(lo, hi, STRETCH), min(max(lo, parameters), hi), hi})
+    return list(pairwise(cuts))
+
+
 class _Stretch(NamedTuple):
     """Some elements, parameters or buffers, with the additions that finish their sum.
 
@@ -177,10 +183,8 @@ class Segment:
         self._gradients = update.gradients.apart()
         layout = update.layout
         momentum = layout.buffer_momentum()
-        cuts = sorted({*range(lo, hi, STRETCH), min(max(lo, layout.parameters), hi), hi})
         self._stretches = []
-        self.ranges = list(pairwise(cuts))
-        """Of the flat vector: its stretches, each of parameters or of buffers."""
+        self.ranges = stretches(lo, hi, layout.parameters)
         for start, stop in self.ranges:
             part, here = slice(start - lo, stop - lo), slice(start, stop)
             buffers = start >= layout.parameters

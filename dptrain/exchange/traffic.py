@@ -89,7 +89,12 @@ class Piece:
     def _packed(self) -> list[Message]:
         if self._encoding == RAW:
             return self._sends
-        return [some._replace(array=pack(some.array, self._encoding).pieces[0]) for some in self._sends]
+        # What is owned is one sum, the same for all.
+        distinct = self._sends[:1] if self.owned else self._sends
+        content = [pack(some.array, self._encoding).pieces[0] for some in distinct]
+        if self.owned:
+            content *= len(self._sends)
+        return [some._replace(array=packed) for some, packed in zip(self._sends, content, strict=True)]
 
     def _came(self) -> bool:
         if not self.under_way[0].done():
