@@ -487,7 +487,9 @@ def shell(script: str) -> Start:
 
 def opened(run_dir: Path, step: int) -> str:
     """A shell's command that says so."""
-    python = f"from dptrain.supervision import opened; opened({str(run_dir)!r}, 1, {step})"
+    python = (
+        f"from pathlib import Path; from dptrain.supervision import opened; opened(Path({str(run_dir)!r}), 1, {step})"
+    )
     return shlex.join([sys.executable, "-c", python])
 
 

@@ -82,4 +82,4 @@ def test_a_hostfile_as_the_example_trains_over_ssh(by: str, tmp_path: Path) -> N
             # They write over their environment, by which others are found.
             for daemon in daemons:
                 daemon.process.kill()
-                daemon.wait(10)
+                daemon.process.wait(10)

@@ -79,7 +79,7 @@ def test_workers_of_a_parameter_server_leave_a_drained_node_and_come_to_another_
         service.agent(node)
     service.seen("node joined", 2)
     job = service.submit(
-        "-n", "1..2", text=TEXT.replace("steps = 2000", "steps = 30000") + '\n[exchange]\ntype = "ps"\n'
+        "-n", "1..2", text=TEXT.replace("steps = 2000", "steps = 12000") + '\n[exchange]\ntype = "ps"\n'
     )
     service.reaches(job, 40)
     service.said("nodes", "drain", "node-2")
@@ -89,6 +89,6 @@ def test_workers_of_a_parameter_server_leave_a_drained_node_and_come_to_another_
     assert [line["workers"] for line in service.events("job workers")] == [1, 2]
     assert (service.data / JOBS / job / "hosts").read_text().split() == ["node-1", "slots=1", "node-3", "slots=1"]
     result = service.result(job)
-    assert result["weights_sha256"] == solo_hash(tmp_path, QUIET.replace("steps = 2000", "steps = 30000"))
+    assert result["weights_sha256"] == solo_hash(tmp_path, QUIET.replace("steps = 2000", "steps = 12000"))
     assert result["attempt"] == 1
     assert not [line for line in service.events("job") if line["reason"] != "UNSPECIFIED"]

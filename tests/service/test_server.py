@@ -340,7 +340,8 @@ def test_code_runs_where_the_operator_says_so_and_within_the_limits(
     monkeypatch.setenv(*mine.popitem())
     assert done.result.weights_sha256 == solo_hash(tmp_path, text.replace("m.py", str(tmp_path / "m.py")))
     assert (failed.state, failed.reason, failed.launches) == (State.FAILED, job_pb2.JOB_REASON_JOB_ERROR, 1)
-    assert "room for one more array" in failed.message
+    assert "expected to get by with 0.419 GB of memory, the limit of each process" in failed.message
+    assert "--job-memory of `dptrain serve`" in failed.message
 
 
 @pytest.mark.parametrize("name", ["two words", "a\nb", "$(reboot)", "'; --", "\x00\x1b[2J", "日本", "../x", "-n 9"])
