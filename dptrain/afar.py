@@ -25,6 +25,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PosixPath
 from typing import Any, Self
 
+from dptrain import sockets
+
 FOLDER = "DPTRAIN_AFAR"
 """Of the environment: names the folder."""
 
@@ -177,7 +179,7 @@ class Line:
             made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 made.settimeout(SILENCE)
-                with short(os.environ[FOLDER]) as path:
+                with sockets.short(os.environ[FOLDER], SOCKET) as path:
                     made.connect(path)
             except OSError:
                 made.close()
@@ -189,16 +191,6 @@ class Line:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-
-
-@contextlib.contextmanager
-def short(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """A path of the socket in a folder that is short enough for the kernel, however long the folder's own is."""
-    held = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{held}/{SOCKET}"
-    finally:
-        os.close(held)
 
 
 def _put(connection: socket.socket, one: "tuple[bytes, bytes | memoryview]") -> None:

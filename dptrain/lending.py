@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dptrain import afar
+from dptrain import afar, sockets
 from dptrain.errors import LaunchError, UnreachableError
 from dptrain.hosts import Host, agent
 from dptrain.job import located
 from dptrain.job.spec import Job, plain
-from dptrain.rsh import HEAD, NODES, place
+from dptrain.rsh import HEAD, NODES, SOCKET
 
 BRING = "dptrain bring"
 """What a node is asked for before a launch."""
@@ -34,7 +34,7 @@ class Loan:
         job = _whole(job)
         said = {"name": str(run_dir), "root": str(run_dir.absolute()), "files": located.paths(job), "job": plain(job)}
         try:
-            with place(environ[NODES]) as path:
+            with sockets.short(environ[NODES], SOCKET) as path:
                 self._server.connect(path)
             self.ticket = str(self._ask({"lend": said})["ticket"])
         except OSError as error:

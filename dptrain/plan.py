@@ -194,35 +194,51 @@ def _made_up(sample: Sample, a: Assembly, k: int, rows: int) -> Rows:
     return Rows(x, y, np.ones((k, rows), a.dtype), (rows,) * k)
 
 
+class _Part:
+    """What one worker does in a step with so many shards of so many made-up rows, of a tree of those shards alone."""
+
+    def __init__(self, a: Assembly, shards: int, rows: int) -> None:
+        self._rows = float(shards * rows)
+        self._accumulator = accumulator = a.accumulator(1)
+        accumulator.shards = shards
+        accumulator.at_once = at_once(accumulator, shards)
+        self._schedule = accumulator.schedule(0, shards)
+        self.size = size = a.model.layout.size
+        store = Store(a.model.layout, len(a.optimizer.slots), a.dtype)
+        self._state = State(0, 0, store.weights(0), store.slots(0), 0)
+        a.model.initialise(self._state.weights, a.job.seed)
+        self._outbox = np.zeros((self._schedule.slots, size), a.dtype)
+        pair = self._outbox[0], np.zeros(size, a.dtype)
+        update = a.update(1)
+        self._segment, self._adding = (update.segment(store, 0, size, pair[0], some) for some in ((), [pair]))
+        self._made_up = _made_up(a.sample, a, accumulator.at_once, rows)
+        self._kept = accumulator.nothing_kept()
+
+    def accumulate(self, final: Callable[[int], None] | None = None) -> None:
+        """Forward and backward; see Accumulator for ``final``."""
+        load: Callable[[int, int], Rows] = lambda lo, hi: self._made_up.some(0, hi - lo)  # noqa: E731
+        weights = self._state.weights
+        self._accumulator.accumulate(weights, self._schedule, self._outbox, 0, load, self._kept, final)
+
+    def add(self) -> None:
+        """One addition of a whole vector."""
+        self._adding.add()
+
+    def advance(self) -> None:
+        """The update."""
+        self._segment.advance(self._state, scale=1.0, rows=self._rows, add=False)
+
+    def step(self) -> None:
+        """All of it but the addition."""
+        self.accumulate()
+        self.advance()
+
+
 def _speed(a: Assembly) -> tuple[float, float]:
     """Rows a second of forward, backward and update in one worker: with the job's shards, and with a single one."""
     batch = a.job.train.batch_size
-    size = a.model.layout.size
-    update = a.update(1)
-    store = Store(a.model.layout, len(a.optimizer.slots), a.dtype)
-    weights = store.weights(0)
-    a.model.initialise(weights, a.job.seed)
-
-    def measured(shards: int, rows: int) -> Callable[[], None]:
-        accumulator = a.accumulator(1)
-        accumulator.shards = shards
-        accumulator.at_once = at_once(accumulator, shards)
-        schedule = accumulator.schedule(0, shards)
-        outbox = np.zeros((schedule.slots, size), a.dtype)
-        segment = update.segment(store, 0, size, outbox[0])
-        state = State(0, 0, weights, store.slots(0), 0)
-        made_up = _made_up(a.sample, a, accumulator.at_once, rows)
-
-        kept = accumulator.nothing_kept()
-
-        def step() -> None:
-            accumulator.accumulate(weights, schedule, outbox, 0, lambda lo, hi: made_up.some(0, hi - lo), kept)
-            segment.advance(state, scale=1.0, rows=float(batch), add=False)
-
-        return step
-
     with np.errstate(all="ignore"):
-        times = _interleaved([measured(a.shards, a.rows_per_shard), measured(1, batch)])
+        times = _interleaved([_Part(a, a.shards, a.rows_per_shard).step, _Part(a, 1, batch).step])
     return batch / times[0], batch / times[1]
 
 
@@ -241,43 +257,19 @@ class Measured:
 
 def measured(a: Assembly, shards: int, rows: int) -> Measured:
     """The part of a worker that has so many shards of so many rows; the quickest of some steps, on made-up rows."""
-    accumulator = a.accumulator(1)
-    accumulator.shards = shards
-    accumulator.at_once = at_once(accumulator, shards)
-    size, schedule = a.model.layout.size, accumulator.schedule(0, shards)
-    store = Store(a.model.layout, len(a.optimizer.slots), a.dtype)
-    weights = store.weights(0)
-    a.model.initialise(weights, a.job.seed)
-    outbox = np.zeros((schedule.slots, size), a.dtype)
-    other = np.zeros(size, a.dtype)
-    update = a.update(1)
-    plain, adding = (update.segment(store, 0, size, outbox[0], pairs) for pairs in ((), [(outbox[0], other)]))
-    state = State(0, 0, weights, store.slots(0), 0)
-    made_up = _made_up(a.sample, a, accumulator.at_once, rows)
-    kept = accumulator.nothing_kept()
+    part = _Part(a, shards, rows)
     runs: list[tuple[float, list[tuple[int, float]]]] = []
 
     def accumulate() -> None:
         started = time.perf_counter()
         told: list[tuple[int, float]] = []
-        accumulator.accumulate(
-            weights,
-            schedule,
-            outbox,
-            0,
-            lambda lo, hi: made_up.some(0, hi - lo),
-            kept,
-            lambda lowest: told.append((lowest, time.perf_counter() - started)),
-        )
+        part.accumulate(lambda lowest: told.append((lowest, time.perf_counter() - started)))
         runs.append((time.perf_counter() - started, told))
 
-    def advance() -> None:
-        plain.advance(state, scale=1.0, rows=float(rows), add=False)
-
     with np.errstate(all="ignore"):
-        _, update_seconds, add_seconds = _interleaved([accumulate, advance, adding.add])
+        _, update, add = _interleaved([accumulate, part.advance, part.add])
     compute, final = min(runs[1:], key=lambda run: run[0])
-    return Measured(compute, tuple(final), add_seconds / size, update_seconds / size)
+    return Measured(compute, tuple(final), add / part.size, update / part.size)
 
 
 def _interleaved(steps: list[Callable[[], None]], seconds: float = 0.6) -> list[float]:

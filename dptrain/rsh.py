@@ -5,7 +5,6 @@ hands it on to the node's agent. Known are Open MPI's daemon, MPICH's proxy, a w
 question whether a folder is seen, and that the files of a launch be brought. Imports are few: a launcher waits for it.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -14,9 +13,9 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from dptrain import supervision
+from dptrain import sockets, supervision
 from dptrain.afar import TICKET
 
 NODES = "DPTRAIN_NODES"
@@ -82,16 +81,6 @@ def access(folder: str) -> dict[str, str]:
     return found
 
 
-@contextlib.contextmanager
-def place(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """A path of the socket in a folder that is short enough for the kernel, however long the folder's own is."""
-    held = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{held}/{SOCKET}"
-    finally:
-        os.close(held)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it and return the code: the command's, or UNREACHED."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -126,7 +115,7 @@ def _reach(server: socket.socket, folder: str) -> bool:
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            with place(folder) as path:
+            with sockets.short(folder, SOCKET) as path:
                 server.connect(path)
         except OSError:
             if time.monotonic() > until:

@@ -17,6 +17,7 @@ from dptrain import arithmetic
 from dptrain.assemble import assemble
 from dptrain.data.prepare import prepare
 from dptrain.errors import UsageError
+from dptrain.exchange.mpi import FEW, OVER_TCP
 from dptrain.exchange.segments import Machines
 from dptrain.exchange.traffic import LOOK
 from dptrain.job.spec import Job
@@ -36,11 +37,8 @@ MESSAGE = 25e-6
 NOTE = 5e-6
 """Seconds for one of the few hundred bytes of a verdict."""
 
-QUEUED = 128 << 10
-"""Bytes that wait in the kernel before whatever is sent next."""
-
-FEW = 16
-"""Workers up to which everyone tells everyone; more gather in a tree."""
+QUEUED = 2 * int(OVER_TCP["OMPI_MCA_btl_tcp_sndbuf"])
+"""Bytes that wait in the kernel, which doubles what it is told, before whatever is sent next."""
 
 RESTART = 10.0
 """Seconds from the loss of a machine to training again: to notice, to ask who is there, to start."""

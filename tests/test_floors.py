@@ -29,6 +29,7 @@ FLOORS = [
         "presence",
         "rsh",
         "afar",
+        "sockets",
         "appended",
     }
     | {"mkl", "v1"},

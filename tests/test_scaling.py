@@ -1,11 +1,14 @@
 import itertools
 import json
 import math
+import os
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dptrain.arithmetic import PORTABLE
 from dptrain.cli.plan import link, machines
 from dptrain.errors import UsageError
 from dptrain.exchange.communicator import Alone, Posted
@@ -18,7 +21,7 @@ from dptrain.optim import make_optimizer, make_schedule
 from dptrain.plan import Measured
 from dptrain.scaling import GOODPUT, Link, Size, Vector, predict, simulate, sizes
 from dptrain.state import STRETCH, Update
-from tests.mpirun import dptrain
+from tests.mpirun import dptrain, run
 
 FREE = Measured(compute=0.0, final=(), add=0.0, update=0.0)
 VECTOR = Vector(elements=40 * STRETCH, parameters=40 * STRETCH, item=4, narrow=4)
@@ -170,3 +173,17 @@ def test_the_command_tells_of_each_number_of_nodes() -> None:
     table = dptrain("plan", "--nodes", "1,3")
     assert table.returncode == 0, table.stderr
     assert "effi-" in table.stdout
+
+
+def test_what_is_measured_is_the_jobs_arithmetic() -> None:
+    """Kernels are chosen before numpy is loaded, or not at all."""
+    code = """
+import os
+from dptrain.arithmetic import PORTABLE
+from dptrain.cli.app import app
+app(["plan", "--nodes", "1", "--json", "--set", "arithmetic.kernels=portable"], standalone_mode=False)
+assert PORTABLE.items() <= os.environ.items()
+"""
+    environ = {name: value for name, value in os.environ.items() if name not in PORTABLE}
+    done = run([sys.executable, "-P", "-c", code], environ, 120, ".")
+    assert done.returncode == 0, done.stderr

@@ -291,12 +291,16 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each number of nodes.")] = False,
 ) -> None:
     """Predict step time, efficiency, traffic and memory on more nodes than there are here."""
-    from dptrain.cli import plan as prediction
+    from dptrain import arithmetic
     from dptrain.cli.run import job_path
     from dptrain.job.load import load_job
 
-    several, over = prediction.machines(counts), prediction.link(link)
     loaded = load_job(job_path(job), sets or (), os.environ)
+    # Before numpy is loaded, which what follows does.
+    arithmetic.choose(loaded.arithmetic.kernels, loaded.arithmetic.threads)
+    from dptrain.cli import plan as prediction
+
+    several, over = prediction.machines(counts), prediction.link(link)
     prediction.show(loaded, several, over, workers=workers, rows=rows, hours=hours, as_json=as_json)
 
 

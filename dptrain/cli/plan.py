@@ -39,11 +39,13 @@ def link(text: str) -> Link:
     pattern = r"([\d.]+)\s*([kmgt])?bit(?:/s)?\s*(?:,\s*([\d.]+)\s*(ns|us|µs|ms|s))?"
     found = re.fullmatch(pattern, text.strip(), re.IGNORECASE)
     try:
-        assert found is not None
+        if found is None:
+            raise ValueError("none")
         rate = float(found[1]) * _RATES.get((found[2] or "").lower(), 1.0)
         latency = float(found[3]) * _TIMES[found[4].lower()] if found[3] else 50e-6
-        assert rate > 0
-    except (AssertionError, ValueError):
+        if rate <= 0:
+            raise ValueError("no rate")
+    except ValueError:
         raise UsageError(
             f"--link {text}",
             expected="a rate and a latency, as 100Gbit,2us or 1Gbit,50us",
@@ -55,9 +57,6 @@ def link(text: str) -> Link:
 
 def show(job: Job, counts: Sequence[int], over: Link, *, workers: int, rows: int, hours: float, as_json: bool) -> None:
     """Print the prediction for each number of machines. Raises DptrainError as training would."""
-    from dptrain import arithmetic
-
-    arithmetic.choose(job.arithmetic.kernels, job.arithmetic.threads)
     points = predict(job, counts, workers=workers, link=over, rows=rows, hours=hours)
     if as_json:
         for point in points:

@@ -55,7 +55,7 @@ In a longer one a link of 1 Gbit/s would send all that is queued for it.
 """
 
 
-_FEW = 16
+FEW = 16
 """Workers up to which everyone tells everyone: quicker than a collective, and silent where one of them dies."""
 
 _GATHERING = 30_000
@@ -170,7 +170,7 @@ class Mpi:
 
     def allgather(self, row: npt.NDArray[np.float64], phase: str) -> npt.NDArray[np.float64]:
         """See Communicator."""
-        if self.size > _FEW:
+        if self.size > FEW:
             rows = self._rows.get(len(row))
             if rows is None:
                 import numpy as np

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from dptrain import afar
+from dptrain import afar, sockets
 from dptrain.errors import DptrainError
 from dptrain.service.shipping import received
 from dptrain.v1 import agent_service_pb2 as pb
@@ -41,7 +41,7 @@ class Carrier:
         self._ticket, self._carry = ticket, carry
         (folder / afar.LAUNCH).write_text(json.dumps({"job": json.loads(job), "files": files}))
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with afar.short(folder) as path:
+        with sockets.short(folder, afar.SOCKET) as path:
             self._socket.bind(path)
         self._socket.listen(128)
         self._lock = threading.Lock()

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dptrain import sockets
 from dptrain.errors import DptrainError, UnreachableError
-from dptrain.rsh import HEAD, SOCKET, UNREACHED, place
+from dptrain.rsh import HEAD, SOCKET, UNREACHED
 from dptrain.service.loans import Loans
 from dptrain.service.nodes import Nodes, Start
 from dptrain.service.shipping import Offers
@@ -43,7 +44,7 @@ class Relay:
         (folder / SOCKET).unlink(missing_ok=True)
         before = os.umask(0o177)
         try:
-            with place(folder) as path:
+            with sockets.short(folder, SOCKET) as path:
                 self._socket.bind(path)
         finally:
             os.umask(before)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dptrain import afar, appended, checkpoint, rundir, supervision
+from dptrain import afar, appended, checkpoint, rundir, sockets, supervision
 from dptrain.afar import CHUNK, FarPath, Line
 from dptrain.errors import NotFoundError, StorageError
 from dptrain.journal import Journal, read_all
@@ -357,7 +357,7 @@ def test_who_is_not_answered_waits_no_longer_than_its_patience(
     assert gone.value.errno == errno.EHOSTUNREACH
     # One that is there and says nothing.
     monkeypatch.setattr(afar, "SILENCE", 0.2)
-    with socket.socket(socket.AF_UNIX) as deaf, afar.short(tmp_path) as path:
+    with socket.socket(socket.AF_UNIX) as deaf, sockets.short(tmp_path, afar.SOCKET) as path:
         deaf.bind(path)
         deaf.listen(1)
         with pytest.raises(TimeoutError):
