@@ -108,15 +108,18 @@ def _wanted(request: Request, place: launch.Announced) -> Request:
     """The request with the number of workers of its file, or the file with that of the request. Raises UsageError."""
     path = request.workers_file
     assert path is not None
-    if place.rank is not None or request.hostfile is not None or not _wants_server(request):
+    other = ""
+    if request.hostfile is not None:
+        other = "--hostfile"
+    elif place.rank is not None:
+        other = "a launcher"
+    elif not _wants_server(request):
+        other = "another"
+    if other:
         raise UsageError(
             "--workers-file",
             expected='exchange.type = "ps" on this machine, whose workers come and go',
-            found="--hostfile"
-            if request.hostfile is not None
-            else "a launcher"
-            if place.rank is not None
-            else "another",
+            found=other,
             cure="leave it out; a job over MPI takes another -n with --resume",
         )
     if request.n is None:

@@ -338,11 +338,12 @@ class Conductor:
 
     def _flow(self, job: Job, drained: Container[str]) -> bool:
         """Have a job's workers leave nodes at a step, and come to others; False where that can't be."""
+        if job.state is not State.RUNNING or job.id in self._short or not self._comes_and_goes(job):
+            return False
         placed = self._placed.get(job.id, {})
         left = {name: slots for name, slots in placed.items() if name not in drained}
-        able = job.state is State.RUNNING and job.id not in self._short and self._comes_and_goes(job)
         target = scheduler.reshaped(left, sum(placed.values()), self._free_slots())
-        if not able or sum(target.values()) < job.spec.workers[0]:
+        if sum(target.values()) < job.spec.workers[0]:
             return False
         self._reshape(job, target, f", off node {', '.join(sorted(placed.keys() - left.keys()))}")
         return True
