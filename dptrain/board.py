@@ -63,7 +63,7 @@ def sign(cell: Cell, rank: int) -> None:
 def held_by(pid: int) -> Sequence[Cell] | None:
     """The workers' cells of the board that a process has open, for who looks on from outside; None without one."""
     try:
-        paths = [entry.path for entry in os.scandir(f"/proc/{pid}/fd")]
+        paths = [f"/proc/{pid}/fd/{handle}" for handle in os.listdir(f"/proc/{pid}/fd")]
     except OSError:
         return None
     for path in paths:

@@ -32,20 +32,19 @@ def process(pid: int) -> Process | None:
 
 def children(parent: int) -> Iterator[int]:
     """The processes that have this parent; those that have ended too, until somebody asks for their code."""
-    for entry in os.scandir("/proc"):
-        found = process(int(entry.name)) if entry.name.isdigit() else None
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        found = process(pid)
         if found is not None and found.parent == parent:
-            yield int(entry.name)
+            yield pid
 
 
 def session(leader: int) -> Iterator[int]:
     """The processes of a session that have not ended."""
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(ProcessLookupError):
-                found = process(int(entry.name)) if os.getsid(int(entry.name)) == leader else None
-                if found is not None and found.state not in "ZX":
-                    yield int(entry.name)
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(ProcessLookupError):
+            found = process(pid) if os.getsid(pid) == leader else None
+            if found is not None and found.state not in "ZX":
+                yield pid
 
 
 def opened(pid: int) -> int:

@@ -84,9 +84,9 @@ def _is_ours(path: Path, since: int) -> bool:
 def _used_memory() -> set[str]:
     """The files of shared memory that processes have open or mapped."""
     used: set[str] = set()
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                used.update(re.findall(rf" ({SHARED_MEMORY}/\S+)", Path(entry.path, "maps").read_text()))
-                used.update(os.readlink(handle) for handle in os.scandir(f"{entry.path}/fd"))
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        # A process that ends in the middle of this has nothing open any more.
+        with contextlib.suppress(OSError):
+            used.update(re.findall(rf" ({SHARED_MEMORY}/\S+)", Path("/proc", pid, "maps").read_text()))
+            used.update(os.readlink(f"/proc/{pid}/fd/{handle}") for handle in os.listdir(f"/proc/{pid}/fd"))
     return used

@@ -166,16 +166,15 @@ class Place:
     def processes(self) -> dict[int, dict[str, str]]:
         """What was started here and lives, with its environment."""
         found = {}
-        for entry in os.scandir("/proc"):
-            if entry.name.isdigit():
-                try:
-                    text = Path(entry.path, "environ").read_bytes().decode(errors="replace")
-                    state = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[0]
-                except OSError:
-                    continue
-                environ = dict(line.partition("=")[::2] for line in text.split("\0"))
-                if environ.get(MARK) == str(self.path) and state not in "ZX":
-                    found[int(entry.name)] = environ
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                text = Path("/proc", pid, "environ").read_bytes().decode(errors="replace")
+                state = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            environ = dict(line.partition("=")[::2] for line in text.split("\0"))
+            if environ.get(MARK) == str(self.path) and state not in "ZX":
+                found[int(pid)] = environ
         return found
 
     def ranks(self) -> dict[int, int]:

@@ -229,12 +229,11 @@ def _followers(number: int, seconds: float) -> Found:
         journal = folder / "run" / JOURNAL
         _wait_for_line(journal)
         session = keeper.begun(folder)[-1]["pid"]
-        for entry in os.scandir("/proc"):
-            if entry.name.isdigit():
-                with contextlib.suppress(ProcessLookupError):
-                    if os.getsid(int(entry.name)) == session:
-                        for thread in os.listdir(f"/proc/{entry.name}/task"):
-                            os.sched_setaffinity(int(thread), {cores[0]})
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(int(pid)) == session:
+                    for thread in os.listdir(f"/proc/{pid}/task"):
+                        os.sched_setaffinity(int(thread), {cores[0]})
         rates: dict[bool, list[float]] = {False: [], True: []}
         for followed in (False, True, True, False) * 2:
             with _following(served, job.id, number if followed else 0, cores[1]):

@@ -295,10 +295,11 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """The whole checkpoints of a run by step, oldest first, as (step, folder)."""
     found = []
     with contextlib.suppress(OSError):
-        for entry in os.scandir(run_dir / rundir.CHECKPOINTS):
-            kind, _, number = entry.name.partition("-")
-            if kind == "step" and number.isdigit() and os.path.exists(f"{entry.path}/manifest.json"):
-                found.append((int(number), Path(entry.path)))
+        for name in os.listdir(run_dir / rundir.CHECKPOINTS):
+            kind, _, number = name.partition("-")
+            folder = run_dir / rundir.CHECKPOINTS / name
+            if kind == "step" and number.isdigit() and os.path.exists(folder / "manifest.json"):
+                found.append((int(number), folder))
     return sorted(found)
 
 

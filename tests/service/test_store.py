@@ -206,7 +206,7 @@ def test_many_readers_share_a_few_files(store: Store) -> None:
 
     with ThreadPoolExecutor(100) as pool:
         assert list(pool.map(read, range(100))) == ["a"] * 100
-    files = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
+    files = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert files.count(str(store.path)) <= READERS + 1
     store.close()
     with pytest.raises(StorageError, match="closed"):
