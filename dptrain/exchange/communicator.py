@@ -53,8 +53,13 @@ class Communicator(Protocol):
     left: bool
     """Whether all living workers know that they leave."""
 
-    def allgather(self, row: npt.NDArray[np.float64], phase: str) -> npt.NDArray[np.float64]:
-        """Every worker's row, (size, len(row)), in order of rank. Valid until the next call."""
+    def allgather(
+        self, row: npt.NDArray[np.float64], phase: str, meanwhile: Callable[[], object] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Every worker's row, (size, len(row)), in order of rank. Valid until the next call.
+
+        ``meanwhile`` is called between looks, and may look at transfers, and post some.
+        """
 
     def allgather_json(self, content: Any, phase: str) -> list[Any]:
         """Every worker's plain data, in order of rank."""
@@ -112,7 +117,9 @@ class Alone:
     def __init__(self) -> None:
         self.cell = private()
 
-    def allgather(self, row: npt.NDArray[np.float64], phase: str) -> npt.NDArray[np.float64]:
+    def allgather(
+        self, row: npt.NDArray[np.float64], phase: str, meanwhile: Callable[[], object] | None = None
+    ) -> npt.NDArray[np.float64]:
         """The row itself."""
         return row[None].copy()
 

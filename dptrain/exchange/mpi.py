@@ -168,7 +168,9 @@ class Mpi:
         comm = self._comm.Split(self._mpi.UNDEFINED if color is None else color, self.rank)
         return None if color is None else Mpi(comm, self.deadline, apart)
 
-    def allgather(self, row: npt.NDArray[np.float64], phase: str) -> npt.NDArray[np.float64]:
+    def allgather(
+        self, row: npt.NDArray[np.float64], phase: str, meanwhile: Callable[[], object] | None = None
+    ) -> npt.NDArray[np.float64]:
         """See Communicator."""
         if self.size > FEW:
             rows = self._rows.get(len(row))
@@ -176,7 +178,7 @@ class Mpi:
                 import numpy as np
 
                 rows = self._rows[len(row)] = np.empty((self.size, len(row)))
-            self._do(phase, self._comm.Iallgather, row, rows)
+            self._do(phase, self._comm.Iallgather, row, rows, meanwhile=meanwhile)
             return rows
         known = self._messages.get(len(row))
         if known is None:
@@ -190,7 +192,7 @@ class Mpi:
         except self._mpi.Exception as error:
             self._unfinished += requests
             raise self._lost(error, phase) from None
-        self._wait(requests, phase)
+        self._wait(requests, phase, meanwhile)
         return every
 
     def _messages_of(self, length: int) -> tuple[Any, Any, list[Any]]:
@@ -236,9 +238,6 @@ class Mpi:
 
     def until(self, done: Callable[[], bool], phase: str) -> None:
         """See Communicator."""
-        for _ in range(self._polls):
-            if done():
-                return
         self._until(done, phase)
 
     def abandon(self, posted: Sequence[Posted]) -> None:
@@ -348,25 +347,38 @@ class Mpi:
             else:
                 raise self._late(phase)
 
-    def _do(self, phase: str, begin: Callable[..., Any], *arguments: Any) -> None:
+    def _do(
+        self, phase: str, begin: Callable[..., Any], *arguments: Any, meanwhile: Callable[[], object] | None = None
+    ) -> None:
         """Begin a collective and wait for its end."""
         try:
             request = begin(*arguments)
         except self._mpi.Exception as error:
             raise self._lost(error, phase) from None
-        self._wait([request], phase)
+        self._wait([request], phase, meanwhile)
 
-    def _wait(self, requests: list[Any], phase: str) -> None:
+    def _wait(self, requests: list[Any], phase: str, meanwhile: Callable[[], object] | None = None) -> None:
         """Poll with the core kept, for a while; then as ``_until`` does."""
         testall = self._mpi.Request.Testall
+
+        def over() -> bool:
+            if testall(requests):
+                return True
+            if meanwhile is not None:
+                meanwhile()
+            return False
+
         try:
-            for _ in range(self._polls):
-                if testall(requests):
+            for _ in range(self._polls if meanwhile is None else 1):
+                if over():
                     return
-            self._until(lambda: testall(requests), phase)
+            self._until(over, phase)
         except self._mpi.Exception as error:
             self._unfinished += requests
             raise self._lost(error, phase) from None
+        except WorkerLost:
+            self._unfinished += requests
+            raise
 
     def _lost(self, error: Any, phase: str) -> Exception:
         """What an error of MPI's means."""

@@ -99,6 +99,10 @@ class Exchange(ABC):
         """
         return None
 
+    def meanwhile(self) -> Callable[[], object] | None:
+        """What is to be done again and again while others are waited for in ``swap``."""
+        return None
+
     def judging(self, weights: Array, part: str, state: State) -> None:  # noqa: B027 - as above
         """What the next ``gather`` is about: these weights, on a part of the data."""
 
@@ -156,7 +160,7 @@ class Exchange(ABC):
         """All workers' rows; nobody goes on before all have come here."""
         self.phases.begin(Phase.WAITING, phase)
         started = time.perf_counter()
-        rows = self.communicator.allgather(row, phase)
+        rows = self.communicator.allgather(row, phase, self.meanwhile())
         self.waited += time.perf_counter() - started
         self.phases.begin(Phase.EXCHANGE)
         return rows

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from dptrain.errors import PeerFailed, WorkerLost
 from dptrain.exchange.communicator import Communicator
 from dptrain.exchange.protocol import Exchange
-from dptrain.exchange.traffic import Range, Traffic, Way
+from dptrain.exchange.traffic import ALL, Range, Traffic, Way
 from dptrain.exchange.verdict import Report, Verdict
 from dptrain.layout import BLOCK, Array, Layout, segments
 from dptrain.membership import Membership
@@ -233,12 +233,12 @@ class Segments(Exchange):
     def _tell(self, lowest: int) -> None:
         """From where on this worker's partials are final, for those of this machine, in a number that only grows."""
         size = self.update.layout.size
-        self._mark[0] = self._attempt * (size + 1) + size - lowest
+        self._mark[0] = self._attempt * (size + 2) + size - lowest
 
     def _lowest(self) -> int:
         """From where on those of all workers of this machine are."""
         size = self.update.layout.size
-        return size - max(0, min(int(mark[0]) for mark in self._marks) - self._attempt * (size + 1))
+        return size - max(0, min(int(mark[0]) for mark in self._marks) - self._attempt * (size + 2))
 
     def swap(self, state: State, partials: Partials, report: Report) -> tuple[State, Verdict]:
         """See Exchange."""
@@ -247,6 +247,8 @@ class Segments(Exchange):
             return super().swap(state, partials, report)
         try:
             traffic.settle()
+            if traffic.is_open:
+                self._tell(ALL)
             after, verdict = super().swap(state, partials, report)
             self._drain(traffic)
         except PeerFailed:
@@ -267,6 +269,11 @@ class Segments(Exchange):
             self.phases.begin(Phase.WAITING, "exchange")
             self.communicator.until(traffic.closed, "exchange")
             self.phases.begin(Phase.EXCHANGE)
+
+    def meanwhile(self) -> Callable[[], object] | None:
+        """See Exchange: nobody has to know what a step is worth for its sums to travel."""
+        traffic = self._traffic
+        return traffic.look if traffic is not None and traffic.is_open else None
 
     def collect(self, partials: Partials) -> None:
         """Send what this machine has of foreign segments; where the norm is wanted, wait for one's own segment."""

@@ -24,6 +24,10 @@ _FIRST_TAG = 1 << 16
 """Those below it are others'."""
 
 
+ALL = -1
+"""In place of the lowest parameter that is final: buffers are, too."""
+
+
 class Way(NamedTuple):
     """A range that goes to a peer, or comes from one; ``vector`` is that range alone."""
 
@@ -174,10 +178,10 @@ class Traffic:
 
     def look(self) -> bool:
         """Send what can go, take what has come, and say whether anything did."""
-        lowest = 0 if self._final else self._lowest()
+        lowest = ALL if self._final else self._lowest()
         moved = False
         for piece in self.pieces:
-            known = self._final or lowest <= piece.start < self._parameters
+            known = lowest == ALL or lowest <= piece.start < self._parameters
             moved = piece.look(known, self._communicator) or moved
         return moved
 
