@@ -72,7 +72,9 @@ def held_by(pid: int) -> Sequence[Cell] | None:
             if os.readlink(path).startswith(f"/memfd:{NAME}"):
                 handle = os.open(path, os.O_RDWR)
                 try:
-                    return mapped(handle, os.fstat(handle).st_size // nbytes(0) - 1)[1:]
+                    # One that is just being made has no size yet.
+                    if size := os.fstat(handle).st_size:
+                        return mapped(handle, size // nbytes(0) - 1)[1:]
                 finally:
                     os.close(handle)
     return None
