@@ -52,6 +52,7 @@ def test_syntax() -> None:
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True, timeout=10)
 
 
+@pytest.mark.long
 def test_a_run_that_is_asked_writes_a_checkpoint_and_queues_again(environ: dict[str, str], tmp_path: Path) -> None:
     job = begin(environ, tmp_path, LONG)
     journal = tmp_path / "run" / rundir.JOURNAL

@@ -10,6 +10,8 @@ from tests.exchange.jobs import DECLARED
 from tests.exchange.test_exchange import Results, same, some
 from tests.mpirun import ranks
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:

@@ -22,8 +22,8 @@ KINDS = {
     "stale": (stale.faults, 0 if SURVIVES else 2),
     "network": (network.faults, len(network.WHAT) if SURVIVES else 1),
 }
-"""So many of each kind as take some three minutes together; where deaths are not survived, each is a restart. Servers
-need no MPI: one of both is enough."""
+"""So many of each kind as take some three minutes together, a third of them wherever tests are run; where deaths are
+not survived, each is a restart. Servers need no MPI: one of both is enough."""
 
 
 @functools.cache
@@ -32,7 +32,14 @@ def sample(kind: str) -> list[Fault]:
     return list(islice(faults(SEED), count))
 
 
-@pytest.mark.parametrize(("kind", "number"), [(kind, i) for kind, (_, count) in KINDS.items() for i in range(count)])
+CASES = [
+    pytest.param(kind, number, marks=() if 3 * number < count else pytest.mark.long)
+    for kind, (_, count) in KINDS.items()
+    for number in range(count)
+]
+
+
+@pytest.mark.parametrize(("kind", "number"), CASES)
 def test_a_fault_ends_as_it_should(kind: str, number: int, tmp_path: Path) -> None:
     if kind == "network" and network.missing():
         pytest.skip(network.missing())

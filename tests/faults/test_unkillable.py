@@ -43,6 +43,7 @@ def missing() -> str:
     return ""
 
 
+@pytest.mark.long
 @pytest.mark.skipif(missing() != "", reason=missing())
 def test_the_job_goes_on_without_a_worker_that_can_not_be_ended(tmp_path: Path) -> None:
     job = jobs.JOBS[0].of(300)

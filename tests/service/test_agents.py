@@ -46,6 +46,7 @@ def test_a_job_goes_on_when_an_agent_dies_and_when_a_node_is_drained(service: Se
     }
 
 
+@pytest.mark.long
 @pytest.mark.skipif(missing() != "", reason=missing() or "nodes can be made")
 def test_nodes_with_nothing_in_common_work_for_a_parameter_server_that_outlives_an_agent_and_the_server(
     service: Service, tmp_path: Path
@@ -71,6 +72,7 @@ def test_nodes_with_nothing_in_common_work_for_a_parameter_server_that_outlives_
     assert result["attempt"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.skipif(missing() != "", reason=missing() or "nodes can be made")
 def test_workers_of_a_parameter_server_leave_a_drained_node_and_come_to_another_at_a_step(
     service: Service, tmp_path: Path

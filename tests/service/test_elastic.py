@@ -32,6 +32,7 @@ def trains_with(workers: int) -> Callable[[job_pb2.Job], bool]:
     return lambda job: job.state == State.RUNNING and job.workers == workers and job.message == message
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("killed", [False, True], ids=["", "server in between"])
 def test_slots_go_back_and_forth_at_steps(
     serve: Callable[..., JobServer], environ: dict[str, str], tmp_path: Path, killed: bool

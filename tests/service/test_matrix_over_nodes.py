@@ -18,7 +18,10 @@ FEW = {"ps": 1500, "node": 600}
 TEXTS = {kind: TEXT.replace(f"steps = {STEPS}", f"steps = {few}") for kind, few in FEW.items()}
 
 # What befalls a worker of MPI alone is test_lending's.
-CASES = [what for what in WHAT if what not in ("worker killed", "chief killed")]
+CASES = ["nothing", *(what for what in WHAT if what not in ("worker killed", "chief killed"))]
+
+QUICK = ("nothing", "agent killed", "link cut for a moment")
+"""Those that wait for no deadline."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,9 @@ def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.skipif(missing() != "", reason=missing() or "nodes can be made")
-@pytest.mark.parametrize("what", ["nothing", *CASES])
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=() if what in QUICK else pytest.mark.long) for what in CASES]
+)
 def test_the_hash_is_solos(what: str, truths: dict[str, str], tmp_path: Path) -> None:
     with over_nodes.service(tmp_path / "place") as service:
         service.apart = True

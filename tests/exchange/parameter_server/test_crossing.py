@@ -15,7 +15,13 @@ MPI = ["-n", "3"]
 SERVERS = ["-n", "2", "--exchange", "ps", "--servers", "2"]
 
 
-@pytest.mark.parametrize("ways", [[MPI, SERVERS, MPI], [SERVERS, MPI, SERVERS]], ids=["MPI", "servers"])
+@pytest.mark.parametrize(
+    "ways",
+    [
+        pytest.param([MPI, SERVERS, MPI], id="MPI"),
+        pytest.param([SERVERS, MPI, SERVERS], id="servers", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_goes_on_by_another_way_to_the_same_bits(ways: list[list[str]], tmp_path: Path) -> None:
     place = Surroundings(tmp_path)
     (tmp_path / "job.toml").write_text(JOB.text)

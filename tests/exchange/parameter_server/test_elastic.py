@@ -121,6 +121,7 @@ def solo(tmp_path_factory: pytest.TempPathFactory) -> str:
     return run(load_job(folder / "job.toml", (), {}), run_dir=folder / "run").weights_sha256
 
 
+@pytest.mark.long
 def test_workers_killed_and_stopped_at_random(folder: Path, solo: str) -> None:
     run = Run(folder, "-n", "3", "--set", "exchange.lease_seconds=2")
     chance = random.Random(5)
@@ -136,6 +137,7 @@ def test_workers_killed_and_stopped_at_random(folder: Path, solo: str) -> None:
     assert len(run.result["per_worker"]) > 3
 
 
+@pytest.mark.long
 def test_servers_die_one_after_the_other(folder: Path, solo: str) -> None:
     """Of two with a segment each and one without: that one, then the chief. The last goes on within the step."""
     run = Run(folder, "-n", "2", "--servers", "2", "--standby")

@@ -110,6 +110,7 @@ def test_the_second_owner_counts_where_it_was_at_the_shard(
     assert [task.again for task in tasks] == [False, True]
 
 
+@pytest.mark.long
 def test_workers_killed_at_one_moment_are_no_poison(folder: Path, solo: str) -> None:  # noqa: F811
     """The server learns of all deaths together, again and again, at whatever it is then."""
     run = Run(folder, "-n", "5")

@@ -164,6 +164,7 @@ def test_workers_that_leave_hand_theirs_over(folder: Path, solo: str) -> None:  
     assert len(run.result["per_worker"]) > 4
 
 
+@pytest.mark.long
 def test_workers_that_die_take_theirs_along(folder: Path, solo: str) -> None:  # noqa: F811
     """Before there is a checkpoint, and after: the run goes back by itself, and is not started again."""
     (folder / "job.toml").write_text(STEPS)
@@ -181,6 +182,7 @@ def test_workers_that_die_take_theirs_along(folder: Path, solo: str) -> None:  #
     assert "steps 800 to" in back[2]
 
 
+@pytest.mark.long
 def test_another_chief_finds_them_with_the_workers(folder: Path, solo: str) -> None:  # noqa: F811
     (folder / "job.toml").write_text(STEPS)
     run = Run(folder, "-n", "2", "--standby")

@@ -5,7 +5,7 @@ Where workers of MPI come in groups and machines, here some have several process
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,16 @@ def named(case: tuple[str, int, dict[str, Any]]) -> str:
 def of(case: tuple[str, int, dict[str, Any]], **changes: Any) -> Job:
     name, shards, arithmetic = case
     return job(name, shards, arithmetic=arithmetic, **changes)
+
+
+def crossed(others: Sequence[Any]) -> list[Any]:
+    """Every case with every one of the others, by turns one of the latter wherever tests are run."""
+    return [
+        pytest.param(number, other, id=f"{named(case)}-{other}", marks=() if mine else pytest.mark.long)
+        for number, case in enumerate(CASES)
+        for i, other in enumerate(others)
+        for mine in ((number + i) % len(others) == 0,)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +128,7 @@ def left_only_a_run(folder: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("workers", SIZES)
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[named(case) for case in CASES])
+@pytest.mark.parametrize(("number", "workers"), crossed(SIZES))
 def test_every_number_of_workers_gives_the_bits_of_solo(
     number: int, workers: int, solo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,17 +140,11 @@ def test_every_number_of_workers_gives_the_bits_of_solo(
     left_only_a_run(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("servers", "standby", "processes"), SERVERS)
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[named(case) for case in CASES])
+@pytest.mark.parametrize(("number", "crew"), crossed(SERVERS))
 def test_several_servers_and_processes_give_the_bits_of_solo(
-    number: int,
-    servers: int,
-    standby: bool,
-    processes: tuple[int, ...],
-    solo: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    number: int, crew: tuple[int, bool, tuple[int, ...]], solo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    servers, standby, processes = crew
     cluster = Cluster(of(CASES[number]), tmp_path, servers, standby=standby)
 
     def ready() -> None:

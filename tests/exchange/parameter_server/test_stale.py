@@ -94,6 +94,7 @@ def test_without_a_parameter_server_there_is_no_such_mode(tmp_path: Path) -> Non
         run(load_job(None, ["exchange.mode=async"], {}), run_dir=tmp_path / "run")
 
 
+@pytest.mark.long
 def test_workers_stopped_killed_and_added_and_a_run_gone_on_with(folder: Path) -> None:
     sets = ("exchange.mode=ssp", "exchange.staleness=2", "exchange.lease_seconds=2")
     options = [word for each in sets for word in ("--set", each)]
