@@ -10,7 +10,10 @@ from tests.faults import jobs
 from tests.faults.live import step_of, until
 from tests.faults.oracle import PROGRAM, Command, Surroundings, undisturbed
 
-JOB = jobs.JOBS[2].of(500)
+JOB = jobs.JOBS[2].of(500).text
+TOP_K = '\n[arithmetic]\ngradients = "top_k"\ntop_k = 0.05\n'
+"""The shards' residuals have to come along too, to other workers and through the checkpoint."""
+
 MPI = ["-n", "3"]
 SERVERS = ["-n", "2", "--exchange", "ps", "--servers", "2"]
 
@@ -22,9 +25,12 @@ SERVERS = ["-n", "2", "--exchange", "ps", "--servers", "2"]
         pytest.param([SERVERS, MPI, SERVERS], id="servers", marks=pytest.mark.long),
     ],
 )
-def test_a_run_goes_on_by_another_way_to_the_same_bits(ways: list[list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", [pytest.param(JOB, id="float32"), pytest.param(JOB + TOP_K, id="top_k", marks=pytest.mark.long)]
+)
+def test_a_run_goes_on_by_another_way_to_the_same_bits(text: str, ways: list[list[str]], tmp_path: Path) -> None:
     place = Surroundings(tmp_path)
-    (tmp_path / "job.toml").write_text(JOB.text)
+    (tmp_path / "job.toml").write_text(text)
     reached = 0
     for number, way in enumerate(ways):
         line = [*PROGRAM, "run", "job.toml", *way, "--run-dir", "run", "--progress", "none"]
@@ -38,7 +44,7 @@ def test_a_run_goes_on_by_another_way_to_the_same_bits(ways: list[list[str]], tm
         assert result["state"] == ("stopped" if number < len(ways) - 1 else "done")
         assert (result["exchange"] == "ps") == (way is SERVERS)
         reached = result["steps"]
-    assert result["weights_sha256"] == undisturbed(JOB.text).weights_sha256
+    assert result["weights_sha256"] == undisturbed(text).weights_sha256
     assert place.leftovers() == []
 
 
