@@ -1,6 +1,7 @@
 """Shards that are computed twice: the first answer counts, and the second must be the same bytes."""
 
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def backed(k: int) -> Job:
 class Overtaken(Client):
     """Worker 2 sends what it has of one step when worker 1 has done all of that step; worker 1 waits until it is here.
 
+    That step worker 1 does not answer before worker 2 has something of it, however late that one joins or wakes.
+
     Where ``wrong``, worker 2's gradients of that step have one bit flipped.
     """
 
@@ -42,11 +45,14 @@ class Overtaken(Client):
     def _push(self, task: pb.Compute, partials: Partials) -> None:
         if self.late and task.step == LATE:
             self.leases.add(task.lease)
-            assert self.all_done.wait(WAIT)
+            self.at_it.set()
+            self._await(self.all_done)
             if self.wrong:
                 np.asarray(partials.vectors)[0].view(np.uint32)[7] ^= 1
+        elif not self.late and task.step == LATE:
+            self._await(self.at_it)
         elif not self.late and task.step == NEXT:
-            assert self.compared.wait(WAIT)
+            self._await(self.compared)
         super()._push(task, partials)
         if not self.late and task.step == LATE:
             self.done.update(range(task.lo, task.hi))
@@ -62,6 +68,14 @@ class Overtaken(Client):
 
         super()._acknowledged(noted(), segment)
 
+    def _await(self, event: threading.Event) -> None:
+        """Wait, and give signs of life all the while."""
+        until = time.monotonic() + WAIT
+        while not event.wait(0.1):
+            assert time.monotonic() < until
+            self.weights.waits += 1
+
+    at_it: threading.Event
     all_done: threading.Event
     compared: threading.Event
     done: set[int]
@@ -70,8 +84,8 @@ class Overtaken(Client):
 
 def overtaken(monkeypatch: pytest.MonkeyPatch, *, wrong: bool) -> list[Any]:
     """Let workers be such; the boxes that what comes late is compared with."""
-    fresh: dict[str, Any] = {"all_done": threading.Event(), "compared": threading.Event(), "wrong": wrong}
-    fresh |= {"done": set(), "leases": set()}
+    fresh: dict[str, Any] = {name: threading.Event() for name in ("at_it", "all_done", "compared")}
+    fresh |= {"done": set(), "leases": set(), "wrong": wrong}
     monkeypatch.setattr("dptrain.exchange.parameter_server.client.Client", type("Worker", (Overtaken,), fresh))
     looked: list[Any] = []
     differ = Intake.differ
