@@ -743,14 +743,17 @@ class ParameterServer(Exchange):
             ranges.remove(some)
             free = leases.idle(ranges, working)
             order = free + [member for member in working if member not in free]
-            grants = leases.shared(some.lo, some.hi, order)
+            suspected = any(piece in self._suspects for piece in range(some.lo, some.hi))
+            grants = (leases.narrowed if suspected else leases.shared)(some.lo, some.hi, order)
             ranges += [grant.range for grant in grants]
             ask(grants)
 
     def _mourn(self, at: tuple[int, str], open_: Sequence[leases.Lease]) -> None:
-        """Remember who is gone with which shards. Raises PoisonError where a shard's owner is the second to vanish.
+        """Remember who is gone with which shards. Raises PoisonError where a shard is to blame.
 
-        The second counts where it was at the shard: of several that are gone at once, one may get the other's shards.
+        The first loss tells what to look at: those shards are given out alone, again. A shard that is computed alone
+        is to blame where a second worker is lost while it is at it: workers that are killed, whenever that is, are
+        hardly ever at the same shard of the same step.
         """
         if self._suspected_at != at:
             self._suspects, self._suspected_at = {}, at
@@ -760,15 +763,19 @@ class ParameterServer(Exchange):
             self._told(member, why, step)
             if why == "left":
                 continue
-            for lease in open_:
-                answered = self.hub.open.get(lease.number)
-                if lease.member != member.number or answered is None or not answered.blames:
-                    continue
-                for shard in range(lease.lo, lease.hi):
-                    before = self._suspects.setdefault(shard, [])
-                    before.append(member.number)
-                    if len(before) > 1:
-                        raise poison(shard, step, before, part)
+            had = [self.hub.open[lease.number] for lease in open_ if lease.member == member.number]
+            for lost in had:
+                if not lost.again:
+                    for shard in range(lost.lease.lo, lost.lease.hi):
+                        self._suspects.setdefault(shard, [])
+            begun = [lost.lease for lost in had if lost.again and lost.begun]
+            # It computes one after the other.
+            at_last = max(begun, key=lambda lease: lease.number, default=None)
+            if at_last is not None and at_last.hi - at_last.lo == 1:
+                before = self._suspects.setdefault(at_last.lo, [])
+                before.append(member.number)
+                if len(before) > 1:
+                    raise poison(at_last.lo, step, before, part)
 
     def _lost_before(self, at: tuple[int, str], some: Range) -> bool:
         """Whether somebody was lost with some of this before."""
@@ -788,11 +795,11 @@ class ParameterServer(Exchange):
 
 
 def poison(shard: int, step: int, lost: Sequence[int], part: str = "") -> PoisonError:
-    """What ends a run in which two workers were ``lost`` with a shard, or with a block of the ``part`` evaluated."""
+    """What ends a run in which two workers were ``lost`` at a shard, or at a block of the ``part`` evaluated."""
     return PoisonError(
         f"{f'block {shard} of {part}' if part else f'shard {shard}'} at step {step}",
         expected="its owner to live",
-        found=f"that workers {lost[0]} and {lost[1]}, who had it one after the other, were lost there",
+        found=f"that workers {lost[0]} and {lost[1]} were lost while they were at it, one after the other",
         cure="look at that shard's rows and at the model: whatever is in them ends every worker",
     )
 

@@ -100,9 +100,11 @@ class Answered:
         self.missing = set(missing)
         self.finite = True
         """Whether all that is at other servers is."""
-        self.blames = not again
-        """Whether the shards may be to blame where the member is lost. Of those that somebody was lost with before,
-        only once the member was at them: it may have been gone when it was given them.
+        self.again = again
+        """Whether somebody was lost with some of the shards before."""
+        self.begun = False
+        """Whether the member, which is asked to where it is ``again``, has said that it is at them: it may have been
+        gone when it was given them.
         """
         self.rows: npt.NDArray[np.float64] | None = None
 
@@ -396,7 +398,7 @@ class Hub:
             elif said == "begun":
                 open_ = self.open.get(request.begun.lease)
                 if open_ is not None and open_.lease.member == member.number:
-                    open_.blames = True
+                    open_.begun = True
             elif said == "residual" and self.residuals is not None:
                 self.residuals.take(member.number, request.residual)
                 self.changed.notify_all()

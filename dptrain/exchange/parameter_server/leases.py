@@ -4,6 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+NARROWED = 16
+"""The ranges at most that one is cut into."""
+
 
 class Lease(NamedTuple):
     """A member's task: pieces of work lo to hi."""
@@ -40,6 +43,14 @@ def shared(lo: int, hi: int, members: Sequence[int]) -> list[Grant]:
     owners = members[:work]
     cuts = [lo + work * i // len(owners) for i in range(len(owners) + 1)] if owners else []
     return [Grant(Range(cuts[i], cuts[i + 1]), member) for i, member in enumerate(owners)]
+
+
+def narrowed(lo: int, hi: int, members: Sequence[int]) -> list[Grant]:
+    """Small ranges of lo to hi, one piece each where there are not many, for members in turn: one that is lost tells
+    where it was.
+    """
+    size = -(-(hi - lo) // NARROWED)
+    return [Grant(Range(at, min(at + size, hi)), members[i % len(members)]) for i, at in enumerate(range(lo, hi, size))]
 
 
 def singled(grants: Sequence[Grant], seconds: Mapping[int, float], k: int) -> list[Grant]:

@@ -217,7 +217,9 @@ class StaleParameterServer(ParameterServer):
             raise self._deserted(step)
 
     def _bury(self, step: int, flights: Flights) -> None:
-        """Let others do what the gone had to do. Raises PoisonError where one is the second to vanish with a shard."""
+        """Let others do what the gone had to do. Raises PoisonError where two were lost at what others had been lost
+        with before.
+        """
         gone, self.hub.losses = self.hub.losses, []
         for member, why in gone:
             self._told(member, why, step)
@@ -225,14 +227,17 @@ class StaleParameterServer(ParameterServer):
             self._places.pop(member.number, None)
             theirs = [number for number, (_, memory, _) in self._leased.items() if memory[0] == member.number]
             # A member has one task at a time.
-            blames = why != "left" and all(self.hub.open[number].blames for number in theirs)
+            had = [self.hub.open[number] for number in theirs]
+            again = any(lost.again for lost in had)
+            blames = why != "left" and all(lost.begun or not lost.again for lost in had)
             for number in theirs:
                 del self._leased[number]
             self._abandoned += theirs
             for piece in flights.lost(member.number):
                 for shard in range(piece.lo, piece.hi) if blames else ():
                     before = self._lost.setdefault((piece.batch, shard), [])
-                    before.append(member.number)
+                    if again:
+                        before.append(member.number)
                     if len(before) > 1:
                         raise poison(shard, piece.batch, before)
 

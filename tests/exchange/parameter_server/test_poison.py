@@ -62,16 +62,26 @@ class Lifeless:
         self.channel.close()
 
 
-@pytest.mark.parametrize("begins", [True, False])
-def test_the_second_owner_counts_where_it_was_at_the_shard(
-    begins: bool,
+@pytest.mark.parametrize(
+    ("begun", "blamed"),
+    [
+        pytest.param((False, False, False), False, id="gone before they begin"),
+        pytest.param((True,), False, id="one at it"),
+        pytest.param((True, False), False, id="one at it, one gone before"),
+        pytest.param((True, True), True, id="two at it"),
+    ],
+)
+def test_two_owners_count_that_were_at_a_shard_that_another_was_lost_with(
+    begun: tuple[bool, ...],
+    blamed: bool,
     truth: str,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Each is killed at a moment of its own within one step: that many were, as long as there are others, is no end."""
     identity: dict[str, str] = {}
     admit, hear = Hub.admit, Hub.hear
-    heard = threading.Event()
+    heard = threading.Semaphore(0)
 
     def noted(self: Hub, part: Part) -> None:
         identity.update(part.identity)
@@ -81,7 +91,7 @@ def test_the_second_owner_counts_where_it_was_at_the_shard(
     def listened(self: Hub, request: pb.WorkRequest) -> bool:
         found = hear(self, request)
         if request.WhichOneof("said") == "begun":
-            heard.set()
+            heard.release()
         return found
 
     monkeypatch.setattr(Hub, "admit", noted)
@@ -90,24 +100,26 @@ def test_the_second_owner_counts_where_it_was_at_the_shard(
     tasks: list[pb.Compute] = []
 
     def strike() -> None:
-        first = Lifeless(cluster.address, identity)
-        tasks.append(first.task())
-        second = Lifeless(cluster.address, identity)
-        first.killed()
-        tasks.append(second.task())
-        if begins:
-            second.begin(tasks[1].lease)
-            assert heard.wait(20)
-        second.killed()
-        if not begins:
+        living = Lifeless(cluster.address, identity)
+        tasks.append(living.task())
+        for begins in begun:
+            following = Lifeless(cluster.address, identity)
+            living.killed()
+            tasks.append(following.task())
+            if begins:
+                following.begin(tasks[-1].lease)
+                assert heard.acquire(timeout=20)
+            living = following
+        living.killed()
+        if not blamed:
             cluster.worker()
 
-    if begins:
-        with pytest.raises(PoisonError, match=r"shard 0 at step 0.*workers 1 and 2"):
+    if blamed:
+        with pytest.raises(PoisonError, match=r"shard 0 at step 0.*workers 2 and 3"):
             cluster.train(0)
     else:
         assert cluster.train(0).weights_sha256 == truth
-    assert [task.again for task in tasks] == [False, True]
+    assert [(task.again, task.lo) for task in tasks] == [(False, 0)] + [(True, 0)] * len(begun)
 
 
 @pytest.mark.long
