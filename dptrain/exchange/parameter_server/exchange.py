@@ -763,7 +763,8 @@ class ParameterServer(Exchange):
             self._told(member, why, step)
             if why == "left":
                 continue
-            had = [self.hub.open[lease.number] for lease in open_ if lease.member == member.number]
+            theirs = [self.hub.open.get(lease.number) for lease in open_ if lease.member == member.number]
+            had = [lost for lost in theirs if lost is not None]
             for lost in had:
                 if not lost.again:
                     for shard in range(lost.lease.lo, lost.lease.hi):
