@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dptrain.v1 import job_pb2, log_service_pb2
 
 DETACHED = 130
+YEAR = 365.0 * 24 * 3600
 _REFRESH = 1.0
 
 
@@ -147,7 +148,9 @@ def submit(
     retries: Annotated[
         int | None, typer.Option("--max-retries", min=0, help="Faults in a row without a newer checkpoint. Default: 3.")
     ] = None,
-    seconds: Annotated[float, typer.Option("--max-seconds", min=0, help="End it after so much running. 0: never.")] = 0,
+    seconds: Annotated[
+        float, typer.Option("--max-seconds", min=0, max=YEAR, help="End it after so much running. 0: never.")
+    ] = 0,
     request_id: Annotated[
         str | None, typer.Option("--request-id", help="The same ID with the same job is one job, however often.")
     ] = None,
@@ -265,7 +268,9 @@ def wait(
 def cancel(
     reach: Reach,
     job: JobId,
-    grace: Annotated[float, typer.Option("--grace", metavar="SECONDS", min=0, help="For a last checkpoint.")] = 30.0,
+    grace: Annotated[
+        float, typer.Option("--grace", metavar="SECONDS", min=0, max=YEAR, help="For a last checkpoint.")
+    ] = 30.0,
     output: Form = Output.table,
 ) -> None:
     """End a job; it writes a checkpoint within the grace."""
@@ -529,11 +534,11 @@ def _pairs(labels: Sequence[str]) -> dict[str, str]:
 
 def _moment(text: str) -> datetime:
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    if text[-1:] in units and text[:-1].replace(".", "", 1).isdigit():
-        return datetime.now(UTC) - timedelta(seconds=float(text[:-1]) * units[text[-1]])
     try:
+        if text[-1:] in units and text[:-1].replace(".", "", 1).isdigit():
+            return datetime.now(UTC) - timedelta(seconds=float(text[:-1]) * units[text[-1]])
         return datetime.fromisoformat(text).astimezone(UTC)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UsageError(
             "--since", expected="an age such as 10m, or an ISO time", found=repr(text), cure="such as 2h"
         ) from None

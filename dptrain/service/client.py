@@ -11,11 +11,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from dptrain.errors import ChangedError, StorageError, UnreachableError
+from dptrain.errors import ChangedError, StorageError, UnreachableError, UsageError
 from dptrain.job.load import load_job, to_toml
 from dptrain.job.spec import Job as JobSpec
 from dptrain.service import known
@@ -58,6 +59,16 @@ _TWICE = (
 """What does no harm when it is called twice. CreateJob is called again by ``submit``, with its request_id."""
 
 JobLike = JobSpec | str | os.PathLike[str]
+
+
+@contextmanager
+def _carried(what: str) -> Iterator[None]:
+    """The making of a message: a value that none can carry, such as a number of 200 bits, is a UsageError."""
+    try:
+        yield
+    except (ValueError, OverflowError) as error:
+        found = str(error)
+        raise UsageError(what, expected="values that fit into a message", found=found, cure="correct it") from error
 
 
 class Client:
@@ -122,18 +133,19 @@ class Client:
 
         It is safe against answers that get lost: the same ``request_id`` (default: a new one) is one job.
         """
-        spec = job_pb2.JobSpec(
-            workers=str(workers),
-            name=name,
-            labels=labels or {},
-            priority=priority,
-            environment=environment or {},
-        )
+        with _carried("job"):
+            spec = job_pb2.JobSpec(
+                workers=str(workers),
+                name=name,
+                labels=labels or {},
+                priority=priority,
+                environment=environment or {},
+            )
+            if max_retries is not None:
+                spec.max_retries = max_retries
+            if max_duration is not None:
+                spec.max_duration.FromTimedelta(max_duration)
         spec.job_toml, spec.model_source = _texts(job, sets)
-        if max_retries is not None:
-            spec.max_retries = max_retries
-        if max_duration is not None:
-            spec.max_duration.FromTimedelta(max_duration)
         request = job_service_pb2.CreateJobRequest(
             spec=spec, request_id=str(uuid.uuid4()) if request_id is None else request_id, validate_only=dry_run
         )
@@ -171,16 +183,18 @@ class Client:
         """Change what may be changed of a job; None leaves it."""
         given = {"priority": priority, "labels": labels, "name": name}
         changes = {key: value for key, value in given.items() if value is not None}
-        request = job_service_pb2.UpdateJobRequest(job_id=job, spec=job_pb2.JobSpec(**changes))  # type: ignore[arg-type]
+        with _carried("job"):
+            request = job_service_pb2.UpdateJobRequest(job_id=job, spec=job_pb2.JobSpec(**changes))  # type: ignore[arg-type]
         request.update_mask.paths.extend(changes)
         with told(self.address):
             return self._jobs.UpdateJob(request).job
 
     def cancel(self, job: str, *, grace: timedelta | None = None) -> job_pb2.Job:
         """End a job; within the grace it writes a checkpoint."""
-        request = job_service_pb2.CancelJobRequest(job_id=job)
-        if grace is not None:
-            request.grace.FromTimedelta(grace)
+        with _carried("grace"):
+            request = job_service_pb2.CancelJobRequest(job_id=job)
+            if grace is not None:
+                request.grace.FromTimedelta(grace)
         with told(self.address):
             return self._jobs.CancelJob(request).job
 
@@ -196,9 +210,10 @@ class Client:
 
     def retry(self, job: str, *, from_step: int | None = None) -> job_pb2.Job:
         """Queue a failed or cancelled job again, from its newest checkpoint or that of a step."""
-        request = job_service_pb2.RetryJobRequest(job_id=job)
-        if from_step is not None:
-            request.from_step = from_step
+        with _carried("step"):
+            request = job_service_pb2.RetryJobRequest(job_id=job)
+            if from_step is not None:
+                request.from_step = from_step
         with told(self.address):
             return self._jobs.RetryJob(request).job
 
@@ -227,11 +242,13 @@ class Client:
         self, job: str, *, follow: bool = False, rank: int | None = None, since: datetime | None = None, tail: int = 0
     ) -> Iterator[log_service_pb2.LogLine | log_service_pb2.LogEnd]:
         """A job's lines; with ``follow`` until it has ended. The last item says how it stands."""
-        request = log_service_pb2.TailLogsRequest(job_id=self._id(job), follow=follow, tail=tail)
-        if rank is not None:
-            request.rank = rank
-        if since is not None:
-            request.since.FromDatetime(since)
+        job_id = self._id(job)
+        with _carried("lines"):
+            request = log_service_pb2.TailLogsRequest(job_id=job_id, follow=follow, tail=tail)
+            if rank is not None:
+                request.rank = rank
+            if since is not None:
+                request.since.FromDatetime(since)
 
         def advance(message: log_service_pb2.TailLogsResponse) -> bool:
             if message.lines:
@@ -247,9 +264,10 @@ class Client:
         self, job: str, names: Sequence[str] = (), *, from_step: int = 0, to_step: int = 0, max_points: int = 0
     ) -> metric_service_pb2.QueryMetricsResponse:
         """A job's curves."""
-        request = metric_service_pb2.QueryMetricsRequest(
-            job_id=job, names=names, from_step=from_step, to_step=to_step, max_points=max_points
-        )
+        with _carried("points"):
+            request = metric_service_pb2.QueryMetricsRequest(
+                job_id=job, names=names, from_step=from_step, to_step=to_step, max_points=max_points
+            )
         with told(self.address):
             return self._metrics.QueryMetrics(request)
 

@@ -130,6 +130,9 @@ def test_bad_input_is_code_2(dptrain: Run, tmp_path: Path) -> None:
         (["show", "zzz"], "job 'zzz'"),
         (["jobs", "--filter", "x"], "filter"),
         (["logs", "--since", "yesterday"], "--since"),
+        (["logs", "--since", "9" * 40 + "d"], "--since"),
+        (["submit", "job.toml", "--priority", "9" * 40], "Value out of range"),
+        (["submit", "job.toml", "--max-seconds", "inf"], "--max-seconds"),
     ):
         done = dptrain(*arguments)
         assert (done.returncode, said in done.stderr) == (2, True), (arguments, done.stderr)
