@@ -97,6 +97,10 @@ def serve(
     keep_gb: Annotated[
         float, typer.Option("--keep-gb", metavar="GB", min=0, help="Remove the oldest beyond so much. 0: never.")
     ] = 0.0,
+    resize_after: Annotated[
+        float,
+        typer.Option("--resize-after", metavar="SECONDS", min=0, help="Before a job has another number of workers."),
+    ] = 30.0,
     job_memory: Annotated[
         float, typer.Option("--job-memory", metavar="GB", min=0, help="Of each process of a job. 0: no limit.")
     ] = 0.0,
@@ -122,6 +126,7 @@ def serve(
         allow_code=allow_code,
         quota=int(quota * 1e9),
         keep=(keep_days * 86400.0, int(keep_gb * 1e9)),
+        settled=resize_after,
         metrics=None if metrics is None else address.parse(metrics),
         page=None if page is None else address.parse(page),
         job_limits=Limits(memory_bytes=int(job_memory * 1e9)),

@@ -44,7 +44,8 @@ class Conductor:
     """Runs the jobs of a store on ``slots`` slots from ``start`` until ``close``; the jobs go on after that.
 
     ``tell(event, **fields)`` is for the server's log. ``keep`` = (seconds, bytes) bounds what has ended; 0: no bound.
-    With ``nodes``, which tells where nodes stand and how many slots they have, jobs run there and none here.
+    With ``nodes``, which tells where nodes stand and how many slots they have, jobs run there and none here. A job has
+    its number of workers for ``settled`` seconds at least.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class Conductor:
         tell: Tell,
         keep: tuple[float, int] = (0.0, 0),
         nodes: States | None = None,
+        settled: float = scheduler.SETTLED,
     ) -> None:
         self.store, self.runner, self.tell, self.keep = store, run, tell, keep
-        self._slots, self._nodes = slots, nodes
+        self._slots, self._nodes, self._settled = slots, nodes, settled
         self._placed: dict[str, dict[str, int]] = {}
         self._changing: set[str] = set()
         """Of these jobs workers come or leave; so many as asked for are not there yet, or more are."""
@@ -239,7 +241,7 @@ class Conductor:
         else:
             # Who does not come now need not come in a moment.
             self._short.add(job.id)
-            self._changed_at[job.id] += scheduler.SETTLED
+            self._changed_at[job.id] += self._settled
         if self._nodes is not None:
             self._placed[job.id] = dict(there)
         launch = job.launch
@@ -404,7 +406,7 @@ class Conductor:
             job.spec.priority,
             self._changed_at.get(job.id, job.started),
             leaving,
-            swift=self._comes_and_goes(job),
+            settles=min(scheduler.SWIFT, self._settled) if self._comes_and_goes(job) else self._settled,
             changing=changing,
             returned=max(0, job.workers - sum(asked.values())) if asked else 0,
         )

@@ -18,10 +18,10 @@ PATIENCE = 60.0
 """Seconds for which the first in order lets others pass that fit where it does not."""
 
 SETTLED = 30.0
-"""Seconds that a job runs before its number of workers is changed: a relaunch costs seconds itself."""
+"""Seconds that a job runs before its number of workers is changed, unless the server is told: a relaunch costs some."""
 
 SWIFT = 5.0
-"""As many where workers come and leave at a step: they cost the reading of their data."""
+"""At most as many where workers come and leave at a step: they cost the reading of their data."""
 
 BACK_OFF, LONGEST_BACK_OFF = 1.0, 60.0
 
@@ -43,8 +43,8 @@ class Waiting:
 class Running:
     """A job that holds ``workers`` slots; one that is ``leaving`` gives them back soon, by itself.
 
-    ``started``: since when it has had so many. It is ``swift`` where others can come at a step; ``changing`` while they
-    do, and gives ``returned`` slots back soon where some leave.
+    ``started``: since when it has had so many, which it has for ``settles`` seconds at least. It is ``changing`` while
+    others come at a step, and gives ``returned`` slots back soon where some leave.
     """
 
     id: str
@@ -54,7 +54,7 @@ class Running:
     priority: int
     started: float
     leaving: bool = False
-    swift: bool = False
+    settles: float = SETTLED
     changing: bool = False
     returned: int = 0
 
@@ -179,7 +179,7 @@ def _elastic(job: Running) -> bool:
 
 
 def _settles(job: Running) -> float:
-    return job.started + (SWIFT if job.swift else SETTLED)
+    return job.started + job.settles
 
 
 def _settled(job: Running, now: float) -> bool:

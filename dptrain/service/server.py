@@ -34,6 +34,7 @@ from dptrain.service.nodes import Here, Nodes, mpi
 from dptrain.service.relay import Relay
 from dptrain.service.runner import Limits as JobLimits
 from dptrain.service.runner import Runner
+from dptrain.service.scheduler import SETTLED
 from dptrain.service.shipping import Offers
 from dptrain.service.store import Store
 from dptrain.v1 import (
@@ -97,7 +98,8 @@ ROLES: Mapping[str, Mapping[str, Role]] = {
 class Options:
     """How a server is run. ``keep`` = (seconds, bytes) bounds jobs that have ended; 0: no bound.
 
-    With ``agents`` jobs run on the nodes of agents, and none on this machine.
+    With ``agents`` jobs run on the nodes of agents, and none on this machine. A job has its number of workers for
+    ``settled`` seconds at least.
     """
 
     listen: Address
@@ -109,6 +111,7 @@ class Options:
     allow_code: bool = False
     quota: int = 10 << 30
     keep: tuple[float, int] = (0.0, 0)
+    settled: float = SETTLED
     metrics: Address | None = None
     page: Address | None = None
     job_limits: JobLimits = field(default_factory=JobLimits)
@@ -153,9 +156,8 @@ class JobServer:
         self.offers = Offers()
         self.loans = Loans(self.offers)
         self.nodes = Nodes(here, self._look_again, log.tell)
-        conductor = Conductor(
-            store, runner, slots, log.tell, options.keep, self.nodes.states if options.agents else None
-        )
+        states = self.nodes.states if options.agents else None
+        conductor = Conductor(store, runner, slots, log.tell, options.keep, states, options.settled)
         watched = Watched(store.bell.ring)
         left.callback(watched.close)
         self.desk = Desk(store, runner, conductor, Journals(), watched)

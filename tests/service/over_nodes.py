@@ -36,8 +36,8 @@ TEXT = QUIET.replace("[train]", "[output]\ncheckpoint_steps = 50\n\n[train]")
 class Service:
     """A server with agents, each on its own node; commands run on the server's."""
 
-    def __init__(self, place: Surroundings, cluster: Cluster) -> None:
-        self.place, self.cluster = place, cluster
+    def __init__(self, place: Surroundings, cluster: Cluster, options: Sequence[str] = ()) -> None:
+        self.place, self.cluster, self.options = place, cluster, options
         self.commands: list[Command] = []
         self.apart = False
         self.address = f"{cluster.address(0)}:7077"
@@ -51,7 +51,7 @@ class Service:
         keep(place.folder / "token", lambda: TokenFile(self.data / TOKENS).create("nodes", Role.worker))
 
     def serve(self) -> Command:
-        line = ["serve", "--agents", "--listen", self.address, "--data", "data"]
+        line = ["serve", "--agents", "--listen", self.address, "--data", "data", *self.options]
         return self.on(0, *line, "--tls-cert", "certs/server.crt", "--tls-key", "certs/server.key")
 
     def agent(self, node: int, *options: str, slots: int = 1, apart: bool = False) -> Command:
@@ -141,13 +141,13 @@ class Service:
 
 
 @contextmanager
-def service(folder: Path) -> Iterator[Service]:
-    """A server on a node of its own, in a new folder; everything is ended afterwards."""
+def service(folder: Path, *options: str) -> Iterator[Service]:
+    """A server on a node of its own, in a new folder, with ``options``; everything is ended afterwards."""
     place = Surroundings(folder)
     with Cluster(place) as cluster:
         commands: list[Command] = []
         try:
-            made = Service(place, cluster)
+            made = Service(place, cluster, options)
             commands = made.commands
             yield made
         finally:

@@ -15,6 +15,9 @@ from tests.service.over_nodes import STEPS, TEXT, WHAT
 FEW = {"ps": 1500, "node": 600}
 """Steps of each kind of job, which are done when the other's are, about."""
 
+MANY = {"ps": 6000, "node": 1500}
+"""Of those to which others come."""
+
 TEXTS = {kind: TEXT.replace(f"steps = {STEPS}", f"steps = {few}") for kind, few in FEW.items()}
 
 # What befalls a worker of MPI alone is test_lending's.
@@ -50,3 +53,21 @@ def test_the_hash_is_solos(what: str, truths: dict[str, str], tmp_path: Path) ->
         for kind, job in jobs.items():
             assert service.result(job)["weights_sha256"] == truths[kind], kind
             service.whole(job, FEW[kind])
+
+
+@pytest.mark.skipif(missing() != "", reason=missing() or "nodes can be made")
+@pytest.mark.parametrize("kind", ["node", pytest.param("ps", marks=pytest.mark.long)])
+def test_two_workers_become_four(kind: str, tmp_path: Path) -> None:
+    text = TEXT.replace(f"steps = {STEPS}", f"steps = {MANY[kind]}")
+    with over_nodes.service(tmp_path / "place", "--resize-after", "1") as service:
+        service.apart = True
+        for node, slots in ((1, 1), (2, 1), (3, 2)):
+            service.agent(node, slots=slots)
+        service.seen("node joined", 3)
+        service.said("nodes", "drain", "node-3")
+        job = service.submit("-n", "1..4", text=f'{text}\n[exchange]\ntype = "{kind}"\n')
+        service.reaches(job, 20)
+        service.said("nodes", "resume", "node-3")
+        result = service.result(job)
+        assert (result["workers"], result["weights_sha256"]) == (4, solo_hash(tmp_path, text))
+        service.whole(job, MANY[kind])

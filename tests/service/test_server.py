@@ -27,7 +27,7 @@ from dptrain.errors import (
     UsageError,
 )
 from dptrain.processes import children
-from dptrain.service import keeper, runner, scheduler
+from dptrain.service import keeper, runner
 from dptrain.service.client import Client
 from dptrain.service.model import State
 from dptrain.service.server import ROLES, TOKEN, TOKENS, JobServer
@@ -192,25 +192,25 @@ def test_a_worker_and_a_supervisor_that_are_killed_are_started_again(
 
 
 def test_a_job_with_a_range_gives_slots_to_others_and_takes_them_back(
-    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., JobServer], environ: dict[str, str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(scheduler, "SETTLED", 0.0)
-    wide = client.submit(write(tmp_path, LONG), workers="1..2")
-    assert until(client, wide.id, State.RUNNING, steps=1).workers == 2
-    narrow = client.submit(write(tmp_path, JOB + '\n[exchange]\ntype = "ps"\n'))
-    done = client.wait(narrow.id)
-    assert done.state == State.SUCCEEDED
-    result = json.loads(client.download(narrow.id, "result.json", tmp_path / "result.json").read_text())
-    assert result["exchange"] == "ps"
-    assert done.result.weights_sha256 == solo_hash(tmp_path)
-    while client.job(wide.id).launches < 3:
-        until(client, wide.id, State.STARTING)
-    until(client, wide.id, State.RUNNING)
-    stopped = stopped_with_the_bits_of_a_run_by_hand(client, wide.id, tmp_path)
-    assert stopped.faults == 0
-    told = [message.message for message in client.watch(wide.id)]
-    trained = [text for text in told if text.startswith("trains with")]
-    assert trained == ["trains with 2 workers", "trains with 1 worker", "trains with 2 workers"]
+    with Client(str(serve(settled=0.0).address), environ=environ) as client:
+        wide = client.submit(write(tmp_path, LONG), workers="1..2")
+        assert until(client, wide.id, State.RUNNING, steps=1).workers == 2
+        narrow = client.submit(write(tmp_path, JOB + '\n[exchange]\ntype = "ps"\n'))
+        done = client.wait(narrow.id)
+        assert done.state == State.SUCCEEDED
+        result = json.loads(client.download(narrow.id, "result.json", tmp_path / "result.json").read_text())
+        assert result["exchange"] == "ps"
+        assert done.result.weights_sha256 == solo_hash(tmp_path)
+        while client.job(wide.id).launches < 3:
+            until(client, wide.id, State.STARTING)
+        until(client, wide.id, State.RUNNING)
+        stopped = stopped_with_the_bits_of_a_run_by_hand(client, wide.id, tmp_path)
+        assert stopped.faults == 0
+        told = [message.message for message in client.watch(wide.id)]
+        trained = [text for text in told if text.startswith("trains with")]
+        assert trained == ["trains with 2 workers", "trains with 1 worker", "trains with 2 workers"]
 
 
 def test_jobs_go_on_without_a_server_and_are_found_again(
