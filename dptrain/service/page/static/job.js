@@ -325,7 +325,7 @@ function lineNode([time, stream, rank, said]) {
 
 function sentence(event) {
   if (event.text) return event.text;
-  if (event.event === "restart") return `started again from its checkpoint, start ${event.attempt}`;
+  if (event.event === "restart") return `started again, start ${event.attempt}`;
   if (event.event === "recovery" && Array.isArray(event.died)) {
     const who = event.died.map((one) => `worker ${one.rank}${one.phase ? `, last seen in ${one.phase}` : ""}${one.hung ? ", hung" : ""}`).join("; ");
     return `lost ${who}. The other ${event.workers} went on after ${duration(event.seconds)}`;
