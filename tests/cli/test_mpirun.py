@@ -161,3 +161,35 @@ def test_a_module_of_the_working_folder_shadows_nothing(dptrain: Program, tmp_pa
     (tmp_path / "numpy.py").write_text("raise SystemExit('shadowed')\n")
     done = dptrain("run", "-n", "2", "--progress", "none")
     assert done.returncode == 0, done.stderr
+
+
+LARGE = """
+[data]
+source = "digits"
+[model]
+layers = [
+  { type = "linear", units = 4096 },
+  { type = "relu" },
+  { type = "linear", units = 2048 },
+  { type = "relu" },
+  { type = "linear", units = 10 },
+]
+[train]
+steps = 1
+shards = 2
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+@pytest.mark.parametrize("exchange", ["node", "ps"])
+def test_what_containers_have_of_dev_shm_is_enough(
+    exchange: str, dptrain: Program, env: dict[str, str], tmp_path: Path
+) -> None:
+    """64 MB, and 35 MB of weights, of which two workers keep several times that: it lies elsewhere."""
+    (tmp_path / "job.toml").write_text(LARGE)
+    truth = weights(dptrain("run", "job.toml", "--run-dir", "solo").stdout)
+    small = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh"]
+    line = [*small, *PROGRAM, "run", "job.toml", "-n", "2", "--exchange", exchange, "--run-dir", "run"]
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert weights(done.stdout) == truth
