@@ -30,9 +30,14 @@ def process(pid: int) -> Process | None:
     return Process(name.decode(errors="replace"), rest[0].decode(), int(rest[1]), int(rest[19]))
 
 
+def pids() -> Iterator[int]:
+    """All processes that there are."""
+    return map(int, filter(str.isdigit, os.listdir("/proc")))
+
+
 def children(parent: int) -> Iterator[int]:
     """The processes that have this parent; those that have ended too, until somebody asks for their code."""
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+    for pid in pids():
         found = process(pid)
         if found is not None and found.parent == parent:
             yield pid
@@ -40,7 +45,7 @@ def children(parent: int) -> Iterator[int]:
 
 def session(leader: int) -> Iterator[int]:
     """The processes of a session that have not ended."""
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+    for pid in pids():
         with contextlib.suppress(ProcessLookupError):
             found = process(pid) if os.getsid(pid) == leader else None
             if found is not None and found.state not in "ZX":

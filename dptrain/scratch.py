@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dptrain import supervision
+from dptrain.processes import pids
 
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "dptrain-run-"
@@ -84,9 +85,9 @@ def _is_ours(path: Path, since: int) -> bool:
 def _used_memory() -> set[str]:
     """The files of shared memory that processes have open or mapped."""
     used: set[str] = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    for pid in pids():
         # A process that ends in the middle of this has nothing open any more.
         with contextlib.suppress(OSError):
-            used.update(re.findall(rf" ({SHARED_MEMORY}/\S+)", Path("/proc", pid, "maps").read_text()))
+            used.update(re.findall(rf" ({SHARED_MEMORY}/\S+)", Path(f"/proc/{pid}/maps").read_text()))
             used.update(os.readlink(f"/proc/{pid}/fd/{handle}") for handle in os.listdir(f"/proc/{pid}/fd"))
     return used

@@ -24,7 +24,7 @@ from dptrain import checkpoint, launch, launcher, rundir, supervise, supervision
 from dptrain.cli.terminal import LAUNCHERS
 from dptrain.errors import WorkerLost
 from dptrain.launcher import Launcher, Outcome, Start
-from dptrain.processes import children
+from dptrain.processes import children, pids
 from tests.cli.conftest import PROGRAM, environment
 
 MARK = "TEST_OF_SUPERVISION"
@@ -166,15 +166,15 @@ class Place:
     def processes(self) -> dict[int, dict[str, str]]:
         """What was started here and lives, with its environment."""
         found = {}
-        for pid in filter(str.isdigit, os.listdir("/proc")):
+        for pid in pids():
             try:
-                text = Path("/proc", pid, "environ").read_bytes().decode(errors="replace")
-                state = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0]
+                text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue
             environ = dict(line.partition("=")[::2] for line in text.split("\0"))
             if environ.get(MARK) == str(self.path) and state not in "ZX":
-                found[int(pid)] = environ
+                found[pid] = environ
         return found
 
     def ranks(self) -> dict[int, int]:

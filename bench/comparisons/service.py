@@ -24,6 +24,7 @@ from bench.options import Options
 from bench.spawn import Found, NotRun
 from dptrain.errors import DptrainError
 from dptrain.job.load import load_job
+from dptrain.processes import session
 from dptrain.rundir import JOURNAL
 from dptrain.service import keeper, known
 from dptrain.service.client import Client
@@ -228,12 +229,10 @@ def _followers(number: int, seconds: float) -> Found:
         folder = served.folder / "data" / "jobs" / job.id
         journal = folder / "run" / JOURNAL
         _wait_for_line(journal)
-        session = keeper.begun(folder)[-1]["pid"]
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(ProcessLookupError):
-                if os.getsid(int(pid)) == session:
-                    for thread in os.listdir(f"/proc/{pid}/task"):
-                        os.sched_setaffinity(int(thread), {cores[0]})
+        for pid in session(keeper.begun(folder)[-1]["pid"]):
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                for thread in os.listdir(f"/proc/{pid}/task"):
+                    os.sched_setaffinity(int(thread), {cores[0]})
         rates: dict[bool, list[float]] = {False: [], True: []}
         for followed in (False, True, True, False) * 2:
             with _following(served, job.id, number if followed else 0, cores[1]):

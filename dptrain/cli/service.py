@@ -21,13 +21,13 @@ import typer
 from dptrain.cli import access
 from dptrain.cli.access import Reach, asking
 from dptrain.errors import DptrainError, UsageError
+from dptrain.service.model import MOST_SECONDS
 
 if TYPE_CHECKING:
     from dptrain.service.client import Client
     from dptrain.v1 import job_pb2, log_service_pb2
 
 DETACHED = 130
-YEAR = 365.0 * 24 * 3600
 _REFRESH = 1.0
 
 
@@ -154,7 +154,7 @@ def submit(
         int | None, typer.Option("--max-retries", min=0, help="Faults in a row without a newer checkpoint. Default: 3.")
     ] = None,
     seconds: Annotated[
-        float, typer.Option("--max-seconds", min=0, max=YEAR, help="End it after so much running. 0: never.")
+        float, typer.Option("--max-seconds", min=0, max=MOST_SECONDS, help="End it after so much running. 0: never.")
     ] = 0,
     request_id: Annotated[
         str | None, typer.Option("--request-id", help="The same ID with the same job is one job, however often.")
@@ -274,7 +274,7 @@ def cancel(
     reach: Reach,
     job: JobId,
     grace: Annotated[
-        float, typer.Option("--grace", metavar="SECONDS", min=0, max=YEAR, help="For a last checkpoint.")
+        float, typer.Option("--grace", metavar="SECONDS", min=0, max=MOST_SECONDS, help="For a last checkpoint.")
     ] = 30.0,
     output: Form = Output.table,
 ) -> None:

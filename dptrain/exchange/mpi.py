@@ -237,8 +237,17 @@ class Mpi:
         return _Requests(self, requests, phase)
 
     def until(self, done: Callable[[], bool], phase: str) -> None:
-        """See Communicator."""
-        self._until(done, phase)
+        """See Communicator: gives the core away between looks; naps, as the others seem to be long at something."""
+        cell, started = self.cell, time.monotonic()
+        while not done():
+            cell[board.BEAT] += 1
+            waited = time.monotonic() - started
+            if waited < _SLEEPLESS:
+                os.sched_yield()
+            elif waited < self.deadline:
+                time.sleep(_NAP)
+            else:
+                raise self._late(phase)
 
     def abandon(self, posted: Sequence[Posted]) -> None:
         """See Communicator."""
@@ -332,20 +341,7 @@ class Mpi:
                 return True
 
         for request in requests:
-            self._until(partial(over, request), phase)
-
-    def _until(self, done: Callable[[], bool], phase: str) -> None:
-        """Give the core away between looks; then, as the others seem to be long at something, sleep."""
-        cell, started = self.cell, time.monotonic()
-        while not done():
-            cell[board.BEAT] += 1
-            waited = time.monotonic() - started
-            if waited < _SLEEPLESS:
-                os.sched_yield()
-            elif waited < self.deadline:
-                time.sleep(_NAP)
-            else:
-                raise self._late(phase)
+            self.until(partial(over, request), phase)
 
     def _do(
         self, phase: str, begin: Callable[..., Any], *arguments: Any, meanwhile: Callable[[], object] | None = None
@@ -358,7 +354,7 @@ class Mpi:
         self._wait([request], phase, meanwhile)
 
     def _wait(self, requests: list[Any], phase: str, meanwhile: Callable[[], object] | None = None) -> None:
-        """Poll with the core kept, for a while; then as ``_until`` does."""
+        """Poll with the core kept, for a while where nothing is to be done ``meanwhile``; then as ``until`` does."""
         testall = self._mpi.Request.Testall
 
         def over() -> bool:
@@ -369,10 +365,10 @@ class Mpi:
             return False
 
         try:
-            for _ in range(self._polls if meanwhile is None else 1):
+            for _ in range(self._polls if meanwhile is None else 0):
                 if over():
                     return
-            self._until(over, phase)
+            self.until(over, phase)
         except self._mpi.Exception as error:
             self._unfinished += requests
             raise self._lost(error, phase) from None

@@ -11,10 +11,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
+
+from google.protobuf import duration_pb2, timestamp_pb2
 
 from dptrain.errors import ChangedError, StorageError, UnreachableError, UsageError
 from dptrain.job.load import load_job, to_toml
@@ -48,6 +49,8 @@ RECONNECT_SECONDS = 60.0
 """For which a stream that was cut off is tried to be gone on with."""
 
 T = TypeVar("T")
+M = TypeVar("M")
+P = ParamSpec("P")
 ENDED = frozenset({job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED})
 
 _TWICE = (
@@ -61,14 +64,25 @@ _TWICE = (
 JobLike = JobSpec | str | os.PathLike[str]
 
 
-@contextmanager
-def _carried(what: str) -> Iterator[None]:
-    """The making of a message: a value that none can carry, such as a number of 200 bits, is a UsageError."""
+def _message(kind: Callable[P, M], *content: P.args, **fields: P.kwargs) -> M:
+    """A message, or a part of one. Raises UsageError for a value that none can carry, such as a number of 200 bits."""
     try:
-        yield
+        return kind(*content, **fields)
     except (ValueError, OverflowError) as error:
         found = str(error)
-        raise UsageError(what, expected="values that fit into a message", found=found, cure="correct it") from error
+        raise UsageError("request", expected="values that fit into it", found=found, cure="correct it") from error
+
+
+def _duration(span: timedelta) -> duration_pb2.Duration:
+    made = duration_pb2.Duration()
+    made.FromTimedelta(span)
+    return made
+
+
+def _timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
+    made = timestamp_pb2.Timestamp()
+    made.FromDatetime(moment)
+    return made
 
 
 class Client:
@@ -133,28 +147,32 @@ class Client:
 
         It is safe against answers that get lost: the same ``request_id`` (default: a new one) is one job.
         """
-        with _carried("job"):
-            spec = job_pb2.JobSpec(
-                workers=str(workers),
-                name=name,
-                labels=labels or {},
-                priority=priority,
-                environment=environment or {},
-            )
-            if max_retries is not None:
-                spec.max_retries = max_retries
-            if max_duration is not None:
-                spec.max_duration.FromTimedelta(max_duration)
-        spec.job_toml, spec.model_source = _texts(job, sets)
-        request = job_service_pb2.CreateJobRequest(
-            spec=spec, request_id=str(uuid.uuid4()) if request_id is None else request_id, validate_only=dry_run
+        text, model = _texts(job, sets)
+        spec = _message(
+            job_pb2.JobSpec,
+            job_toml=text,
+            model_source=model,
+            workers=str(workers),
+            name=name,
+            labels=labels or {},
+            priority=priority,
+            max_retries=max_retries,
+            max_duration=None if max_duration is None else _message(_duration, max_duration),
+            environment=environment or {},
+        )
+        request = _message(
+            job_service_pb2.CreateJobRequest,
+            spec=spec,
+            request_id=str(uuid.uuid4()) if request_id is None else request_id,
+            validate_only=dry_run,
         )
         return self._again(lambda: self._jobs.CreateJob(request)).job
 
     def job(self, job: str) -> job_pb2.Job:
         """A job with its progress and result: by ID, unique prefix, or "@latest"."""
+        request = _message(job_service_pb2.JobServiceGetJobRequest, job_id=job)
         with told(self.address):
-            return self._jobs.GetJob(job_service_pb2.JobServiceGetJobRequest(job_id=job)).job
+            return self._jobs.GetJob(request).job
 
     def jobs(
         self, filter: str = "", *, order_by: str = "", page_size: int = 0, progress: bool = False
@@ -162,8 +180,13 @@ class Client:
         """All jobs that a filter lets through, newest first, read page by page."""
         token = ""
         while True:
-            request = job_service_pb2.ListJobsRequest(
-                filter=filter, order_by=order_by, page_size=page_size, page_token=token, with_progress=progress
+            request = _message(
+                job_service_pb2.ListJobsRequest,
+                filter=filter,
+                order_by=order_by,
+                page_size=page_size,
+                page_token=token,
+                with_progress=progress,
             )
             with told(self.address):
                 page = self._jobs.ListJobs(request)
@@ -183,44 +206,42 @@ class Client:
         """Change what may be changed of a job; None leaves it."""
         given = {"priority": priority, "labels": labels, "name": name}
         changes = {key: value for key, value in given.items() if value is not None}
-        with _carried("job"):
-            request = job_service_pb2.UpdateJobRequest(job_id=job, spec=job_pb2.JobSpec(**changes))  # type: ignore[arg-type]
+        spec = _message(job_pb2.JobSpec, **changes)  # type: ignore[arg-type]
+        request = _message(job_service_pb2.UpdateJobRequest, job_id=job, spec=spec)
         request.update_mask.paths.extend(changes)
         with told(self.address):
             return self._jobs.UpdateJob(request).job
 
     def cancel(self, job: str, *, grace: timedelta | None = None) -> job_pb2.Job:
         """End a job; within the grace it writes a checkpoint."""
-        with _carried("grace"):
-            request = job_service_pb2.CancelJobRequest(job_id=job)
-            if grace is not None:
-                request.grace.FromTimedelta(grace)
+        until = None if grace is None else _message(_duration, grace)
+        request = _message(job_service_pb2.CancelJobRequest, job_id=job, grace=until)
         with told(self.address):
             return self._jobs.CancelJob(request).job
 
     def pause(self, job: str) -> job_pb2.Job:
         """Stop a job with a checkpoint."""
+        request = _message(job_service_pb2.PauseJobRequest, job_id=job)
         with told(self.address):
-            return self._jobs.PauseJob(job_service_pb2.PauseJobRequest(job_id=job)).job
+            return self._jobs.PauseJob(request).job
 
     def resume(self, job: str) -> job_pb2.Job:
         """Queue a paused job again."""
+        request = _message(job_service_pb2.ResumeJobRequest, job_id=job)
         with told(self.address):
-            return self._jobs.ResumeJob(job_service_pb2.ResumeJobRequest(job_id=job)).job
+            return self._jobs.ResumeJob(request).job
 
     def retry(self, job: str, *, from_step: int | None = None) -> job_pb2.Job:
         """Queue a failed or cancelled job again, from its newest checkpoint or that of a step."""
-        with _carried("step"):
-            request = job_service_pb2.RetryJobRequest(job_id=job)
-            if from_step is not None:
-                request.from_step = from_step
+        request = _message(job_service_pb2.RetryJobRequest, job_id=job, from_step=from_step)
         with told(self.address):
             return self._jobs.RetryJob(request).job
 
     def delete(self, job: str) -> None:
         """Remove a job that has ended, with all of its files."""
+        request = _message(job_service_pb2.DeleteJobRequest, job_id=job)
         with told(self.address):
-            self._jobs.DeleteJob(job_service_pb2.DeleteJobRequest(job_id=job))
+            self._jobs.DeleteJob(request)
 
     def watch(self, job: str, *, progress: bool = False) -> Iterator[job_service_pb2.WatchJobResponse]:
         """What happens to a job, until it has ended."""
@@ -242,13 +263,14 @@ class Client:
         self, job: str, *, follow: bool = False, rank: int | None = None, since: datetime | None = None, tail: int = 0
     ) -> Iterator[log_service_pb2.LogLine | log_service_pb2.LogEnd]:
         """A job's lines; with ``follow`` until it has ended. The last item says how it stands."""
-        job_id = self._id(job)
-        with _carried("lines"):
-            request = log_service_pb2.TailLogsRequest(job_id=job_id, follow=follow, tail=tail)
-            if rank is not None:
-                request.rank = rank
-            if since is not None:
-                request.since.FromDatetime(since)
+        request = _message(
+            log_service_pb2.TailLogsRequest,
+            job_id=self._id(job),
+            follow=follow,
+            rank=rank,
+            since=None if since is None else _message(_timestamp, since),
+            tail=tail,
+        )
 
         def advance(message: log_service_pb2.TailLogsResponse) -> bool:
             if message.lines:
@@ -264,16 +286,20 @@ class Client:
         self, job: str, names: Sequence[str] = (), *, from_step: int = 0, to_step: int = 0, max_points: int = 0
     ) -> metric_service_pb2.QueryMetricsResponse:
         """A job's curves."""
-        with _carried("points"):
-            request = metric_service_pb2.QueryMetricsRequest(
-                job_id=job, names=names, from_step=from_step, to_step=to_step, max_points=max_points
-            )
+        request = _message(
+            metric_service_pb2.QueryMetricsRequest,
+            job_id=job,
+            names=names,
+            from_step=from_step,
+            to_step=to_step,
+            max_points=max_points,
+        )
         with told(self.address):
             return self._metrics.QueryMetrics(request)
 
     def stream_metrics(self, job: str, names: Sequence[str] = ()) -> Iterator[metric_service_pb2.StreamMetricsResponse]:
         """A job's points as they come, until it has ended."""
-        request = metric_service_pb2.StreamMetricsRequest(job_id=self._id(job), names=names)
+        request = _message(metric_service_pb2.StreamMetricsRequest, job_id=self._id(job), names=names)
 
         def advance(message: metric_service_pb2.StreamMetricsResponse) -> bool:
             request.cursor = message.cursor
@@ -283,20 +309,20 @@ class Client:
 
     def artifacts(self, job: str) -> list[artifact_service_pb2.Artifact]:
         """The files of a job's run."""
-        request = artifact_service_pb2.ListArtifactsRequest(job_id=job)
+        request = _message(artifact_service_pb2.ListArtifactsRequest, job_id=job)
         with told(self.address):
             return list(self._artifacts.ListArtifacts(request).artifacts)
 
     def checkpoints(self, job: str) -> list[artifact_service_pb2.Checkpoint]:
         """A job's checkpoints, newest first."""
-        request = artifact_service_pb2.ListCheckpointsRequest(job_id=job)
+        request = _message(artifact_service_pb2.ListCheckpointsRequest, job_id=job)
         with told(self.address):
             return list(self._artifacts.ListCheckpoints(request).checkpoints)
 
     def download(self, job: str, path: str, to: Path) -> Path:
         """Bring one file of a job's run to ``to``, whole and checked, or not at all; goes on where it was cut off."""
         part = to.with_name(f".{to.name}.part")
-        request = artifact_service_pb2.DownloadArtifactRequest(job_id=job, path=path)
+        request = _message(artifact_service_pb2.DownloadArtifactRequest, job_id=job, path=path)
 
         def advance(message: artifact_service_pb2.DownloadArtifactResponse) -> bool:
             return False
@@ -341,8 +367,12 @@ class Client:
         try:
             with path.open("rb") as file:
                 size, sha256 = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-                header = artifact_service_pb2.UploadHeader(
-                    name=name or path.name, size=size, sha256=sha256, overwrite=overwrite
+                header = _message(
+                    artifact_service_pb2.UploadHeader,
+                    name=name or path.name,
+                    size=size,
+                    sha256=sha256,
+                    overwrite=overwrite,
                 )
 
                 def parts() -> Iterator[artifact_service_pb2.UploadDatasetRequest]:
@@ -368,8 +398,9 @@ class Client:
 
     def delete_dataset(self, name: str) -> None:
         """Remove an upload."""
+        request = _message(artifact_service_pb2.DeleteDatasetRequest, name=name)
         with told(self.address):
-            self._artifacts.DeleteDataset(artifact_service_pb2.DeleteDatasetRequest(name=name))
+            self._artifacts.DeleteDataset(request)
 
     def info(self) -> cluster_service_pb2.GetServerInfoResponse:
         """Who the server is, and whom it sees in this client."""
@@ -383,13 +414,15 @@ class Client:
 
     def drain(self, node: str) -> cluster_service_pb2.Node:
         """Have a node take no new work."""
+        request = _message(cluster_service_pb2.DrainNodeRequest, name=node)
         with told(self.address):
-            return self._cluster.DrainNode(cluster_service_pb2.DrainNodeRequest(name=node)).node
+            return self._cluster.DrainNode(request).node
 
     def resume_node(self, node: str) -> cluster_service_pb2.Node:
         """Have a node take work again that was drained."""
+        request = _message(cluster_service_pb2.ResumeNodeRequest, name=node)
         with told(self.address):
-            return self._cluster.ResumeNode(cluster_service_pb2.ResumeNodeRequest(name=node)).node
+            return self._cluster.ResumeNode(request).node
 
     def _id(self, job: str) -> str:
         """The whole ID, so that "@latest" stays one job."""

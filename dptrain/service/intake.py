@@ -12,12 +12,11 @@ from dptrain.job import load
 from dptrain.job import spec as job_spec
 from dptrain.service import runner
 from dptrain.service.datasets import Datasets
-from dptrain.service.model import DEFAULT_RETRIES, Spec, workers_of
+from dptrain.service.model import DEFAULT_RETRIES, MOST_SECONDS, Spec, workers_of
 from dptrain.v1 import job_pb2
 
 MOST_TEXT = 256 << 10
 MOST_NAME, MOST_LABELS, MOST_LABEL, MOST_PRIORITY, MOST_RETRIES = 200, 32, 63, 100, 100
-MOST_SECONDS = 366 * 86400.0
 _BUILT_IN = frozenset({"digits", "synthetic"})
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _JOB_FILE = "spec.job_toml"

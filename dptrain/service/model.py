@@ -65,6 +65,8 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
 """What may follow a state; staying in it is always allowed."""
 
 DEFAULT_RETRIES = 3
+MOST_SECONDS = 366 * 86400.0
+"""For which a job may be let run, or be given to end."""
 MOST_WORKERS = 4096
 _RANGE = re.compile(r"(\d{1,6})(?:\.\.(\d{1,6}))?", re.ASCII)
 

@@ -128,6 +128,7 @@ def test_bad_input_is_code_2(dptrain: Run, tmp_path: Path) -> None:
         (["submit", "job.toml", "-n", "3"], "slots"),
         (["submit", "job.toml", "--set", "data.source='/etc/passwd'"], "data.source"),
         (["show", "zzz"], "job 'zzz'"),
+        (["show", "\udcff"], "surrogates not allowed"),
         (["jobs", "--filter", "x"], "filter"),
         (["logs", "--since", "yesterday"], "--since"),
         (["logs", "--since", "9" * 40 + "d"], "--since"),

@@ -603,14 +603,14 @@ class ParameterServer(Exchange):
                     hub.lose(number, f"said nothing for {self.lease_seconds:g} s")
                 if hub.losses:
                     self._mourn(at, open_)
-                    self._give_anew(ranges, ask)
+                    self._give_anew(at, ranges, ask)
                 elif not hub.members:
                     if now - alone_since > self.deadline:
                         raise self._deserted(step)
                 else:
                     alone_since = now
                     if leases.orphaned(ranges, hub.members):
-                        self._give_anew(ranges, ask)
+                        self._give_anew(at, ranges, ask)
                     elif backup:
                         ask(leases.doubled(ranges, sorted(hub.members), backup))
                 wait = leases.until_overdue(living, heard, now, self.lease_seconds)
@@ -733,7 +733,7 @@ class ParameterServer(Exchange):
             hub.changed.wait(LOOK)
         return working
 
-    def _give_anew(self, ranges: list[Range], ask: Callable[[Sequence[Grant]], None]) -> None:
+    def _give_anew(self, at: tuple[int, str], ranges: list[Range], ask: Callable[[Sequence[Grant]], None]) -> None:
         """Give what the gone had to do to those that are there, if there are any."""
         hub = self.hub
         working = hub.working()
@@ -743,8 +743,8 @@ class ParameterServer(Exchange):
             ranges.remove(some)
             free = leases.idle(ranges, working)
             order = free + [member for member in working if member not in free]
-            suspected = any(piece in self._suspects for piece in range(some.lo, some.hi))
-            grants = (leases.narrowed if suspected else leases.shared)(some.lo, some.hi, order)
+            cut = leases.narrowed if self._lost_before(at, some) else leases.shared
+            grants = cut(some.lo, some.hi, order)
             ranges += [grant.range for grant in grants]
             ask(grants)
 

@@ -48,10 +48,11 @@ def of(case: tuple[str, int, dict[str, Any]], **changes: Any) -> Job:
 def crossed(others: Sequence[Any]) -> list[Any]:
     """Every case with every one of the others, by turns one of the latter wherever tests are run."""
     return [
-        pytest.param(number, other, id=f"{named(case)}-{other}", marks=() if mine else pytest.mark.long)
+        pytest.param(
+            number, other, id=f"{named(case)}-{other}", marks=pytest.mark.long if (number + i) % len(others) else ()
+        )
         for number, case in enumerate(CASES)
         for i, other in enumerate(others)
-        for mine in ((number + i) % len(others) == 0,)
     ]
 
 
