@@ -46,7 +46,7 @@ def main(options: Options) -> None:
                     name: _figures(work, name, some, runs["ddp"], BITS[rate], predicted) for name, some in runs.items()
                 }
                 content[case] = {"shards": shards, "contestants": figures}
-                heads = ["", "samples/s", "x DDP", "of the link used", "x, as predicted"]
+                heads = ["", "samples/s", "x DDP", "of the link used", "predicted / measured"]
                 rows = [_row(name, some, len(heads)) for name, some in figures.items()]
                 tables.append(f"{case}, {shards} shards\n\n{report.table(heads, rows)}")
     title = (
