@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dptrain import board
-from dptrain.board import BEAT, PHASE, STEP, Cell
+from dptrain.board import BEAT, BEGUN, PHASE, STEP, Cell
 from dptrain.exchange.parameter_server.host_memory import Counts
 from dptrain.exchange.parameter_server.line import Line
 from dptrain.phases import NAMES
@@ -69,7 +69,7 @@ class Place:
         self.task: Task | None = None
         self._command, self._handles, self._counts = command, handles, counts
         self._process: subprocess.Popen[bytes] | None = None
-        self._given = 0
+        self._given = self._given_before = 0
         self._deaths = 0
         self._not_before = 0.0
         self._usual = 0.0
@@ -81,6 +81,11 @@ class Place:
     def pid(self) -> int:
         """Its process; 0 for none."""
         return self._process.pid if self._process is not None else 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether its process has begun what it was given last, even if it is dead by now."""
+        return self.cell[BEGUN] == self._given - self._given_before
 
     @property
     def idle(self) -> bool:
@@ -102,6 +107,7 @@ class Place:
                 stdin=subprocess.DEVNULL,
             )
         self.figures.starts += 1
+        self._given_before = self._given
         self._finished = 0
         self._silent, self._beat = 0.0, -1
 

@@ -350,8 +350,7 @@ class Several:
 
     def _lost(self, place: Place, why: str) -> list[Task]:
         """A process has ended, or is to: what it leaves undone, which can be done by others."""
-        where = place.where()
-        pid = place.pid
+        where, begun, pid = place.where(), place.begun, place.pid
         task = place.end()
         self._lines = None
         print(
@@ -368,7 +367,7 @@ class Several:
             return []
         if task.what == ADD or place.lost_for_good:
             raise _Again
-        if task.what == COMPUTE:
+        if task.what == COMPUTE and begun:
             self._count_death(task)
         return [task]
 

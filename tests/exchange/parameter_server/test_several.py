@@ -253,6 +253,19 @@ def test_processes_killed_at_any_time_cost_no_bits(seed: int) -> None:
     assert kills
 
 
+def test_processes_that_were_dead_before_they_were_given_anything_accuse_no_shards() -> None:
+    """They are noticed when they are to get something, one after the other the same."""
+    host = host_of("mlp", 6)
+    with host.several(3) as together:
+        host.same(together, 0, 0, 6)
+        for pid in living(together):
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        host.same(together, 1, 0, 2)
+        together.await_all()
+        host.same(together, 2, 0, 6)
+
+
 @pytest.mark.parametrize("phase", [Phase.FORWARD, Phase.PARTIALS])
 def test_a_process_that_is_stopped_is_ended_and_costs_no_bits(phase: Phase, capfd: pytest.CaptureFixture[str]) -> None:
     host = host_of("mlp", 6)
