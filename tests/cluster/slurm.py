@@ -4,10 +4,12 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from dptrain.launch import library
 from tests.faults.live import until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "sinfo")
@@ -19,7 +21,19 @@ def missing() -> str:
     if os.geteuid() != 0:
         return "Slurm: its daemons are started by root"
     gone = [name for name in PROGRAMS if shutil.which(name) is None]
-    return f"Slurm: no {', '.join(gone)} here: apt-get install slurm-wlm munge" if gone else ""
+    if gone:
+        return f"Slurm: no {', '.join(gone)} here: apt-get install slurm-wlm munge"
+    return (
+        ""
+        if library() == "MPICH" or _has_pmix()
+        else "Slurm: its plugin finds no libpmix.so: apt-get install libpmix-dev"
+    )
+
+
+def _has_pmix() -> bool:
+    """Whether Slurm's plugin, which loads the system's library by this name, would find it."""
+    line = [sys.executable, "-c", "import ctypes; ctypes.CDLL('libpmix.so')"]
+    return subprocess.run(line, capture_output=True, timeout=60, check=False).returncode == 0
 
 
 @contextmanager
