@@ -18,8 +18,12 @@ from tests.faults.live import until
 IMAGE = "CLUSTER_IMAGE"
 """Of the environment: names the image that is tested."""
 
+COMPOSE = "CLUSTER_COMPOSE"
+"""Of the environment: the command that reads docker-compose.yml, where it is to be a certain one."""
+
 ROOT = Path(__file__).resolve().parents[2]
 READY, LOST = cluster_service_pb2.NODE_STATE_READY, cluster_service_pb2.NODE_STATE_LOST
+FILES = ("docker-compose.yml",)
 Done = subprocess.CompletedProcess[str]
 DEADLINE = 180.0
 NAPS = 0.25
@@ -38,22 +42,23 @@ def missing() -> str:
 class Containers:
     """A coordinator and workers with two slots each; what is said of nodes is said of workers' containers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[str] = FILES, **settings: str) -> None:
         self.folder = folder
+        self._files = [word for name in files for word in ("--file", str(ROOT / name))]
         self.project = f"dptrain-test-{os.getpid()}"
         self.network = f"{self.project}_cluster"
-        port, page = _free_ports(2)
+        port, page = free_ports(2)
         self._environ = {**os.environ, "IMAGE": os.environ[IMAGE], "PORT": str(port), "PAGE_PORT": str(page)}
-        self._environ |= {"SLOTS": "2", "COMPOSE_IGNORE_ORPHANS": "1"}
+        self._environ |= {"SLOTS": "2", "COMPOSE_IGNORE_ORPHANS": "1"} | settings
         self.address = f"localhost:{port}"
 
     def compose(self, *words: str, **given: Any) -> str:
-        line = [*_compose(), "--project-name", self.project, "--file", str(ROOT / "docker-compose.yml"), *words]
+        line = [*_compose(), "--project-name", self.project, *self._files, *words]
         return _run(*line, environ=self._environ, **given).stdout
 
-    def up(self, workers: int) -> None:
-        """Have so many workers, whatever became of those before, and see all of them take part."""
-        self.compose("up", "--detach", "--no-build", "--no-recreate", "--scale", f"worker={workers}")
+    def up(self, workers: int, *words: str) -> None:
+        """Have so many workers, whatever became of those before."""
+        self.compose("up", "--detach", "--no-build", "--no-recreate", "--scale", f"worker={workers}", *words)
 
     def down(self) -> None:
         self.compose("down", "--volumes", "--timeout", "2")
@@ -68,6 +73,10 @@ class Containers:
 
     def container(self, service: str) -> str:
         return self.compose("ps", "-q", service).split()[0]
+
+    def ended(self, container: str) -> str:
+        """How a container stands, and the code it ended with."""
+        return docker("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", container).strip()
 
     def node_of(self, client: Client, jobs: Sequence[str]) -> str:
         """A node on which all these jobs have workers, else the first of the last one's."""
@@ -141,6 +150,8 @@ def reaches(client: Client, jobs: Sequence[str], step: int) -> None:
 
 def _compose() -> list[str]:
     """The command; [] where there is none."""
+    if asked := os.environ.get(COMPOSE):
+        return asked.split()
     if shutil.which("docker") and _run("docker", "compose", "version", check=False).returncode == 0:
         return ["docker", "compose"]
     return ["docker-compose"] if shutil.which("docker-compose") else []
@@ -154,7 +165,7 @@ def _run(
     return done
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with ExitStack() as held:
         sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [made.getsockname()[1] for made in sockets]

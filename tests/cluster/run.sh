@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Tests the cluster with real containers, and ends all that it makes. An engine that answers is used (with BASE as the
-# image's base); where there is none root installs one (Debian) and runs it in a folder of its own for as long. Says why
-# where it can't, and ends with 0 then.
+# image's base); where there is none root installs one (Debian) and runs it in a folder of its own for as long. All is
+# done by docker compose v2, and what no fault befalls by docker-compose 1.29 too. Says why where it can't, and ends with 0
+# then. Arguments are pytest's.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
 image=dptrain-test-$$ base=${BASE:-} engine=
+boards=$image-tensorboard figures=$image-prometheus
 python=$(command -v "${PYTHON:-python}")
 skip() { echo "SKIPPED tests of containers: $*"; exit 0; }
 end() {
-    docker image rm -f "$image" >/dev/null 2>&1 || true
+    docker image rm -f "$image" "$boards" "$figures" >/dev/null 2>&1 || true
     if [ -n "$engine" ]; then
         docker ps --all --quiet | xargs --no-run-if-empty docker rm --force --volumes >/dev/null || true
         docker network prune --force >/dev/null || true
@@ -49,7 +51,50 @@ fi
 secrets=()
 [ ! -e /etc/pip.conf ] || secrets+=(--secret id=pip.conf,src=/etc/pip.conf)
 [ ! -e "${PIP_CERT:-}" ] || secrets+=(--secret "id=ca.crt,src=$PIP_CERT")
-DOCKER_BUILDKIT=1 docker build --progress plain --network host --build-arg BASE="$base" "${secrets[@]}" --file launch/Dockerfile --tag "$image" . \
-    >"$work/build" 2>&1 || { tail -n 40 "$work/build"; exit 1; }
-echo "image: $(docker image inspect --format '{{.Size}}' "$image") bytes, ${SECONDS} s"
-CLUSTER_IMAGE=$image "$python" -m pytest -n0 --durations=0 "$@" tests/cluster/test_containers.py
+made() { # tag, what docker build is told beside
+    local tag=$1
+    shift
+    DOCKER_BUILDKIT=1 docker build --progress plain --network host --build-arg BASE="$base" --tag "$tag" "$@" >"$work/build" 2>&1 ||
+        { tail -n 40 "$work/build"; exit 1; }
+    echo "image: $(docker image inspect --format '{{.Size}}' "$tag") bytes, $SECONDS s"
+}
+made "$image" "${secrets[@]}" --file launch/Dockerfile .
+made "$boards" "${secrets[@]}" --file launch/Dockerfile --build-arg EXTRAS=tensorboard .
+# As Prometheus' own image is laid out, of Debian's package.
+if ! (mkdir "$work/figures" && cd "$work/figures" && apt-get -o APT::Sandbox::User=root -qq download prometheus) >"$work/apt" 2>&1; then
+    echo "SKIPPED Prometheus: apt-get download prometheus: $(tail -n1 "$work/apt")"
+    figures=
+else
+    dpkg-deb --fsys-tarfile "$work"/figures/*.deb | tar --extract --directory "$work/figures" ./usr/bin/prometheus
+    cat >"$work/figures/Dockerfile" <<'END'
+ARG BASE
+FROM ${BASE}
+COPY usr/bin/prometheus /bin/
+RUN mkdir /prometheus && chown nobody:nogroup /prometheus
+USER nobody
+WORKDIR /prometheus
+VOLUME /prometheus
+ENTRYPOINT ["/bin/prometheus"]
+END
+    made "$figures" "$work/figures"
+fi
+
+export CLUSTER_IMAGE=$image TENSORBOARD_IMAGE=$boards PROMETHEUS_IMAGE=$figures
+tested() { CLUSTER_COMPOSE=$1 "$python" -m pytest -n0 --durations=0 "${@:2}"; }
+v2= few=(-k undisturbed)
+if docker compose version >/dev/null 2>&1; then
+    v2=1
+elif DOCKER_CONFIG=$work/client tests/cluster/compose.sh "$work/client" >"$work/apt" 2>&1; then
+    v2=1
+    export DOCKER_CONFIG=$work/client
+else
+    echo "SKIPPED docker compose v2: $(tail -n1 "$work/apt")"
+fi
+[ -n "$v2" ] || few=()
+[ -z "$v2" ] || tested "docker compose" "$@" tests/cluster/test_containers.py tests/cluster/test_more_containers.py
+if command -v docker-compose >/dev/null && docker-compose version --short | grep -q '^1\.'; then
+    tested docker-compose "${few[@]}" "$@" tests/cluster/test_containers.py
+else
+    echo "SKIPPED docker-compose 1.29: not here"
+fi
+echo "containers: $SECONDS s"
