@@ -129,8 +129,9 @@ def train(communicator: "Mpi", job: Job, **options: Any) -> "Result":
         sys.stderr.flush()
         if isinstance(error, (DeadlineError, WorkerLost)):
             supervision.lost(" ".join(str(error).split()))
+        speaks = communicator.rank == 0
         if communicator.survives:
-            communicator.leave(exit_code(error))
+            error, speaks = _leave(communicator, error, everywhere)
         elif not communicator.agreed and not everywhere:
             # The others know nothing and wait; only ending them all is left.
             traceback.print_exception(error)
@@ -141,11 +142,32 @@ def train(communicator: "Mpi", job: Job, **options: Any) -> "Result":
         else:
             # Whoever failed speaks last: all others have nothing more to say when they come here.
             communicator.barrier("leaving")
-        if communicator.rank and (everywhere or isinstance(error, WorkerLost)):
-            raise PeerFailed(0, 0, "all phases", exit_code(error)) from error
+        if not speaks and (everywhere or isinstance(error, WorkerLost)):
+            code = exit_code(error) if communicator.blamed is None else communicator.blamed[1]
+            raise PeerFailed(0, 0, "all phases", code) from error
         if isinstance(error, DptrainError):
             error.everywhere = False
-        raise
+        raise error
+
+
+def _leave(communicator: "Mpi", error: BaseException, everywhere: bool) -> tuple[BaseException, bool]:
+    """Leave with all that live; the error to leave with, and whether an error of all is this worker's to say.
+
+    Whoever heard of a failure first leaves at once, which may interrupt the very worker that it is about: that one has
+    to say it none the less, and nobody else is to speak of a death.
+    """
+    here = communicator.members[communicator.rank]
+    interrupted = isinstance(error, (PeerFailed, WorkerLost)) and not everywhere
+    code = exit_code(error)
+    if not interrupted and not everywhere:
+        communicator.blamed = here, code
+    communicator.leave(code, knows=everywhere)
+    if communicator.blamed is None:
+        return error, communicator.rank == 0
+    blamed, _ = communicator.blamed
+    if interrupted and blamed == here and communicator.failure is not None:
+        error = communicator.failure
+    return error, blamed == here
 
 
 def _code(error: BaseException | None) -> int:

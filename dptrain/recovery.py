@@ -15,6 +15,7 @@ from dptrain.arrivals import arrival
 from dptrain.chronicle import Chronicle
 from dptrain.corruption import Auditor
 from dptrain.errors import PeerFailed, PoisonError, WorkerLost
+from dptrain.exchange.communicator import culprit
 from dptrain.exchange.verdict import Verdict
 from dptrain.meeting import Meeting, for_all
 from dptrain.phases import NAMES, OWN, Phase
@@ -109,7 +110,9 @@ class Recovery:
         for rank, word in enumerate(words):
             if "leaving" in word:
                 communicator.agreed = communicator.left = True
-                raise PeerFailed(communicator.members[rank], self.worker.state.step, "recovering", word["leaving"])
+                communicator.blamed = culprit(words, communicator.members)
+                who, code = communicator.blamed or (communicator.members[rank], word["leaving"])
+                raise PeerFailed(who, self.worker.state.step, "recovering", code)
         if not self.meeting.survivable:
             raise for_all(
                 WorkerLost(

@@ -15,7 +15,7 @@ import numpy as np
 
 from dptrain import limits
 from dptrain.arithmetic import peak_memory
-from dptrain.errors import DptrainError, NonFiniteError, PeerFailed, WorkerCrashed, exit_code
+from dptrain.errors import DptrainError, NonFiniteError, PeerFailed, WorkerCrashed, WorkerLost, exit_code
 from dptrain.exchange.communicator import Communicator
 from dptrain.exchange.protocol import Exchange
 from dptrain.exchange.verdict import Report, Verdict
@@ -304,12 +304,21 @@ class Worker:
 def told(failure: BaseException | None, communicator: Communicator, step: int, phase: str) -> Iterator[None]:
     """Around a collective call that tells the others of one's own failure: afterwards the failure is raised.
 
-    Only the lowest rank that failed raises its own; all others leave quietly with PeerFailed.
+    Only the lowest rank that failed raises its own; all others leave quietly with PeerFailed. Where the call is
+    interrupted, those who have heard of it may be leaving for it: the communicator keeps it until that is known.
     """
+    communicator.failure = None
     try:
         yield
+    except WorkerLost:
+        if failure is not None:
+            communicator.failure = named(failure, communicator.rank, step, phase)
+            communicator.failure.__cause__ = failure
+        raise
     except PeerFailed as peer:
         communicator.agreed = True
+        if peer.rank < communicator.size:  # a parameter server's link names the member that left instead
+            communicator.blamed = communicator.members[peer.rank], peer.exit_code
         if peer.rank != communicator.rank or failure is None:
             raise
     if failure is not None:

@@ -11,7 +11,7 @@ import pytest
 
 from dptrain.exchange.communicator import Alone
 from dptrain.job.load import check, complete, load_job, to_toml
-from dptrain.launch import Announced, command
+from dptrain.launch import Announced, command, library
 from dptrain.ranks import Leader, follow
 from tests import mpirun
 from tests.softmax import job
@@ -164,6 +164,26 @@ def test_an_exception_in_one_rank_ends_the_launch_with_its_message_last(tmp_path
     ]
     said = [line for line in done.stderr.splitlines() if "dptrain" in line or "Traceback" in line]
     assert said[-1] == told[0]
+
+
+@pytest.mark.skipif(library() != "Open MPI", reason="with MPICH nobody is interrupted")
+@pytest.mark.parametrize(
+    ("case", "code", "told"),
+    [
+        ("raises", 1, r"rank 1 at step 3 in forward and backward: .*RuntimeError: no more of this.*"),
+        ("raises while probing", 1, r"rank 1 at step 0 in probing the arithmetic: .*RuntimeError: no more of this.*"),
+        ("raises while evaluating", 1, r"rank 1 at step 5 in evaluation: .*RuntimeError: no more of this.*"),
+        ("nan", 2, r"rank \d at step 10, shard \d, gradient of W: .*"),
+    ],
+)
+def test_a_worker_says_why_it_failed_though_those_who_heard_of_it_left_before(
+    tmp_path: Path, case: str, code: int, told: str
+) -> None:
+    done = mpirun.ranks(3, "tests.interrupted_suite", case, str(tmp_path / "run"), timeout=60)
+    assert done.returncode == code, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("dptrain: ")]
+    assert len(said) == 1, done.stderr
+    assert re.fullmatch(f"dptrain: {told}", said[0])
 
 
 SCRIPT = """

@@ -14,6 +14,7 @@ class Among(Alone):
 
     def __init__(self, rank: int, codes: list[int]) -> None:
         self.rank, self.size, self.codes = rank, len(codes), codes
+        self.members = tuple(range(self.size))
         self.sent: list[Any] = []
 
     def allgather_json(self, content: Any, phase: str) -> list[Any]:

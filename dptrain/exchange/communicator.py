@@ -5,13 +5,14 @@ DeadlineError naming the phase when it passes.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from dptrain.board import Cell, private
+from dptrain.errors import DptrainError
 from dptrain.layout import Array
 
 
@@ -52,6 +53,10 @@ class Communicator(Protocol):
     """Whether all workers know that the job has failed, so that each can leave by itself."""
     left: bool
     """Whether all living workers know that they leave."""
+    failure: DptrainError | None
+    """What failed here and could not be told, as the call that would have was interrupted."""
+    blamed: tuple[int, int] | None
+    """Whose failure all leave for, as far as this worker knows, one of ``members``, and its code. That one says why."""
 
     def allgather(
         self, row: npt.NDArray[np.float64], phase: str, meanwhile: Callable[[], object] | None = None
@@ -98,8 +103,23 @@ class Communicator(Protocol):
         WorkerLost there. ``word`` is asked for anew whenever yet another dies meanwhile. All return the same.
         """
 
-    def leave(self, code: int) -> None:
-        """Tell all living workers that this one leaves with a code that isn't 0, as words ``{"leaving": code}``."""
+    def leave(self, code: int, *, knows: bool = False) -> None:
+        """Tell all living workers that this one leaves with a code that isn't 0: as a word, see :func:`culprit`.
+
+        ``knows``: its error is one of all workers, so that any of them may say it. Afterwards ``blamed`` is the same on
+        all that leave.
+        """
+
+
+def culprit(words: Sequence[Mapping[str, Any]], members: Sequence[int]) -> tuple[int, int] | None:
+    """Which member is to say why all leave, and the code of all, by such words.
+
+    ``{"leaving": code, "blamed": member or None, "knows": bool}``: it is one whose failure another has heard of; else
+    the first who knows of an error of all; None where none does.
+    """
+    blamed = [(word["blamed"], word["leaving"]) for word in words if word.get("blamed") is not None]
+    knowing = [(member, word["leaving"]) for member, word in zip(members, words, strict=True) if word.get("knows")]
+    return next(iter([*blamed, *knowing]), None)
 
 
 class Alone:
@@ -113,6 +133,8 @@ class Alone:
     deadline = 0.0
     agreed = False
     left = False
+    failure: DptrainError | None = None
+    blamed: tuple[int, int] | None = None
 
     def __init__(self) -> None:
         self.cell = private()
@@ -164,7 +186,7 @@ class Alone:
         """Nobody else to meet."""
         return None if settled else [word()]
 
-    def leave(self, code: int) -> None:
+    def leave(self, code: int, *, knows: bool = False) -> None:
         """Nobody else to tell."""
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dptrain import board
 from dptrain.cores import crowded
-from dptrain.errors import DeadlineError, WorkerLost
+from dptrain.errors import DeadlineError, DptrainError, WorkerLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -151,6 +151,8 @@ class Mpi:
         self._polls = _polls(_local_size())
         self._unfinished: list[Any] = []
         self.left = False
+        self.failure: DptrainError | None = None
+        self.blamed: tuple[int, int] | None = None
 
     def _use(self, comm: Any) -> None:
         self._comm = comm
@@ -305,12 +307,17 @@ class Mpi:
             else:
                 good = True
 
-    def leave(self, code: int) -> None:
-        """Return when all living workers know that this one leaves with a code that isn't 0; they leave too."""
+    def leave(self, code: int, *, knows: bool = False) -> None:
+        """See Communicator; returns when all living workers know, who leave too."""
         if self.left:
             return
+        # It loads numpy, which is for whoever knows the job; here there is none any more.
+        from dptrain.exchange.communicator import culprit
+
         self.left = True
-        self.meet(lambda: {"leaving": code})
+        blamed = None if self.blamed is None else self.blamed[0]
+        words = self.meet(lambda: {"leaving": code, "blamed": blamed, "knows": knows})
+        self.blamed = culprit(words or [], self.members if words else ())
 
     def _agree(self, good: bool) -> bool:
         """Whether all living workers say so; the same answer for all of them, whoever dies meanwhile."""

@@ -160,7 +160,7 @@ class Servers(Chief):
             return None
         return [said[member]["word"] for member in view]
 
-    def leave(self, code: int) -> None:
+    def leave(self, code: int, *, knows: bool = False) -> None:
         """See Communicator; 0 where this server is done. Only the first call says something."""
         if self._over.is_set():
             return
