@@ -259,7 +259,7 @@ def _kill_launcher(place: Place, rng: random.Random) -> None:
     os.kill(place.launchers()[0], signal.SIGKILL)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kill", [_kill_rank, _kill_launcher], ids=["rank", "launcher"])
 def test_a_job_that_dies_is_started_again_with_the_same_weights(
     place: Place, truth: dict[str, str], kill: Callable[[Place, random.Random], None], seed: int

@@ -80,7 +80,9 @@ def solo_hash(folder: Path) -> str:
     return str(json.loads((folder / "solo" / "result.json").read_text())["weights_sha256"])
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+@pytest.mark.parametrize(
+    "apart", [pytest.param(False, id="together"), pytest.param(True, id="apart", marks=pytest.mark.long)]
+)
 def test_workers_come_and_leave_and_the_last_change_may_come_at_the_end(tmp_path: Path, apart: bool) -> None:
     (tmp_path / "job.toml").write_text(TEXT)
     file, run_dir = tmp_path / "workers", tmp_path / "run"

@@ -22,7 +22,7 @@ KINDS = {
     "stale": (stale.faults, 0 if SURVIVES else 2),
     "network": (network.faults, len(network.WHAT) if SURVIVES else 1),
 }
-"""So many of each kind as take some three minutes together, a third of them wherever tests are run; where deaths are
+"""So many of each kind as take some three minutes together, a sixth of them wherever tests are run; where deaths are
 not survived, each is a restart. Servers need no MPI: one of both is enough."""
 
 
@@ -33,7 +33,7 @@ def sample(kind: str) -> list[Fault]:
 
 
 CASES = [
-    pytest.param(kind, number, marks=() if 3 * number < count else pytest.mark.long)
+    pytest.param(kind, number, marks=() if 6 * number < count else pytest.mark.long)
     for kind, (_, count) in KINDS.items()
     for number in range(count)
 ]

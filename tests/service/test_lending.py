@@ -117,6 +117,7 @@ class Softmax:
 """A model of a user's own."""
 
 
+@pytest.mark.long
 def test_a_model_of_one_s_own_and_the_weights_it_starts_from_go_to_the_nodes_too(
     service: Service, tmp_path: Path
 ) -> None:

@@ -23,8 +23,8 @@ TEXTS = {kind: TEXT.replace(f"steps = {STEPS}", f"steps = {few}") for kind, few 
 # What befalls a worker of MPI alone is test_lending's.
 CASES = ["nothing", *(what for what in WHAT if what not in ("worker killed", "chief killed"))]
 
-QUICK = ("nothing", "agent killed", "link cut for a moment")
-"""Those that wait for no deadline."""
+QUICK = ("agent killed",)
+"""What waits for no deadline, of many that cost half a minute."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,8 @@ def test_the_hash_is_solos(what: str, truths: dict[str, str], tmp_path: Path) ->
 
 
 @pytest.mark.skipif(missing() != "", reason=missing() or "nodes can be made")
-@pytest.mark.parametrize("kind", ["node", pytest.param("ps", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["node", "ps"])
 def test_two_workers_become_four(kind: str, tmp_path: Path) -> None:
     text = TEXT.replace(f"steps = {STEPS}", f"steps = {MANY[kind]}")
     with over_nodes.service(tmp_path / "place", "--resize-after", "1") as service:

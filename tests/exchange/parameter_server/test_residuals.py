@@ -151,6 +151,7 @@ def strike(run: Run, command: str, number: signal.Signals, chance: random.Random
             chance.choice(there).send_signal(number)
 
 
+@pytest.mark.long
 def test_workers_that_leave_hand_theirs_over(folder: Path, solo: str) -> None:  # noqa: F811
     (folder / "job.toml").write_text(STEPS)
     run, chance = Run(folder, "-n", "3"), random.Random(6)
