@@ -41,10 +41,10 @@ class Comparison:
         return asdict(self)
 
 
-def compare(paths: Sequence[Path]) -> Comparison:
-    """Compare runs, finished or not. Raises StorageError where a directory holds none."""
+def compare(paths: Sequence[Path], names: Sequence[str] | None = None) -> Comparison:
+    """Compare runs, finished or not, called by their paths or by names. Raises StorageError where one is no run."""
     jobs = [_flat(_job(path)) for path in paths]
-    runs = [_compared(path) for path in paths]
+    runs = [_compared(path, name) for path, name in zip(paths, names or map(str, paths), strict=True)]
     keys = sorted(set().union(*jobs))
     rows = {key: [job.get(key, ABSENT) for job in jobs] for key in keys}
     return Comparison(
@@ -65,7 +65,7 @@ def _job(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _compared(path: Path) -> Compared:
+def _compared(path: Path, name: str) -> Compared:
     lines = read_steps(path / rundir.JOURNAL)
     curve = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     if (path / rundir.RESULT).exists():
@@ -77,7 +77,7 @@ def _compared(path: Path) -> Compared:
             figures[key] = result.get(key)
         figures["recoveries"] = len(result.get("recoveries", []))
         figures |= {key: result.get(key) for key in ("job_sha256", "weights_sha256")}
-        return Compared(str(path), str(result.get("state")), figures, curve)
+        return Compared(name, str(result.get("state")), figures, curve)
     figures = {}
     if lines:
         last = lines[-1]
@@ -86,7 +86,7 @@ def _compared(path: Path) -> Compared:
         figures |= {f"validation {name}": value for name, value in metrics.items()}
         figures |= {"samples_per_second": last.get("samples_per_second"), "seconds": last.get("seconds")}
         figures["recoveries"] = sum(line.get("event") == "recovery" for line in read_all(path / rundir.JOURNAL))
-    return Compared(str(path), "unfinished", figures, curve)
+    return Compared(name, "unfinished", figures, curve)
 
 
 def _flat(content: Mapping[str, Any], at: str = "") -> dict[str, Any]:

@@ -49,6 +49,11 @@ def test_a_run_without_a_result_is_compared_as_far_as_it_is(runs: list[Path], tm
     assert "weights  not known yet" in lines(found)
 
 
+def test_a_run_beside_itself_is_numbered(runs: list[Path]) -> None:
+    assert lines(compare([runs[0], runs[0]], ["abc", "abc"]))[0].split() == ["abc", "(1)", "abc", "(2)"]
+    assert lines(compare(runs[:2], ["a/run", "b/run"]))[0].split() == ["a/run", "b/run"]
+
+
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="name the directory of a run"):
         compare([tmp_path, tmp_path])

@@ -390,7 +390,8 @@ def compare(
     from dptrain.cli.compare import show
 
     with brought.runs(runs, reach, brought.story) as homes:
-        show(homes, as_json or output is service.Output.json)
+        names = [run if home == Path(run) else home.name for run, home in zip(runs, homes, strict=True)]
+        show(homes, as_json or output is service.Output.json, names)
 
 
 @app.command(epilog="Example: [bold]dptrain replay runs/job-20260101-120000[/]")

@@ -16,11 +16,11 @@ LINE = 40
 VERDICTS = {True: "the same", False: "different", None: "not known yet"}
 
 
-def show(paths: Sequence[Path], as_json: bool) -> None:
-    """Print in what runs differ."""
+def show(paths: Sequence[Path], as_json: bool, names: Sequence[str] | None = None) -> None:
+    """Print in what runs differ; ``names`` are what they are called where that isn't their path."""
     if len(paths) < 2:
         raise UsageError("compare", expected="two runs or more", found=str(len(paths)), cure="name another RUN")
-    found = compare(paths)
+    found = compare(paths, names)
     if as_json:
         print(json.dumps(found.plain(), indent=1))
         return
@@ -76,9 +76,11 @@ def _row(curve: Sequence[tuple[int, float]], last: int, low: float, high: float)
 
 
 def _names(runs: Sequence[str]) -> list[str]:
-    """The directories' own names, or whole paths where two are called alike."""
+    """The directories' own names, whole paths where two are called alike, numbered where one is named twice."""
     short = [Path(run).name or run for run in runs]
-    return short if len(set(short)) == len(short) else list(runs)
+    if len(set(short)) == len(short):
+        return short
+    return list(runs) if len(set(runs)) == len(runs) else [f"{name} ({i})" for i, name in enumerate(short, 1)]
 
 
 def _figure(key: str, value: Any) -> str:

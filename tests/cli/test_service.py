@@ -87,6 +87,7 @@ def test_submit_follow_and_bring_home(dptrain: Run, tmp_path: Path, environ: dic
     assert dptrain("download", job, "home").stdout == "home\n"
     assert dptrain("eval", "home").returncode == 0
     compared = json.loads(dptrain("compare", "home", job[:6], "-o", "json").stdout)
+    assert [run["run"] for run in compared["runs"]] == ["home", job]
     assert (compared["same_weights"], compared["differences"].keys() <= {"data.max_bytes", "output.runs"}) == (
         True,
         True,
