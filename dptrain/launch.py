@@ -28,12 +28,16 @@ _FIRST_WITH_ULFM = 5
 
 _OF_LAUNCHERS = ("PMI_", "PMIX_", "HYDI_", "HYDRA_", "MPI_LOCAL", "OMPI_COMM_WORLD_", "PRTE_LAUNCHED", "SLURM_")
 
-_AMONG_HOSTS = ["--leave-session-attached", "--map-by", "slot"] + [
+_AMONG_HOSTS = ["--leave-session-attached", "--map-by", "slot", "--bind-to", "none"] + [
     word
     for name, value in (("pml", "ob1"), ("btl", "tcp,sm,self"), ("coll", "^han,cuda"))
     for word in ("--mca", name, value)
 ]
-"""Open MPI's over several hosts: the components that survive a death, and daemons whose errors are seen."""
+"""Open MPI's over several hosts: the components that survive a death, and daemons whose errors are seen.
+
+As it comes each worker would be held to one core, which its thread that moves bytes, and hosts that share their cores
+without knowing, would have to share.
+"""
 
 _HANDED_ON = ("DPTRAIN_", "OMPI_MCA_", "OPENBLAS_", "OMP_", "MKL_", "PYTHON")
 

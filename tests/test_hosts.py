@@ -90,6 +90,7 @@ def test_a_command_over_hosts_names_them_and_hands_our_variables_on(tmp_path: Pa
     if launch.library() == "Open MPI":
         handed = [line[at + 1] for at, word in enumerate(line) if word == "-x"]
         assert {"DPTRAIN_TRAIN__STEPS", "DPTRAIN_SUPERVISED"} <= set(handed)
+        assert line[line.index("--bind-to") + 1] == "none"
     else:
         assert said["HYDRA_LAUNCHER_EXEC"] == str(tmp_path / "agent")
 
