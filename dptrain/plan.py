@@ -22,9 +22,10 @@ from dptrain.membership import Membership
 from dptrain.nn.accumulate import Accumulator, Schedule
 from dptrain.nn.chain import Chain, LayerSummary
 from dptrain.nn.layer import Workspace
+from dptrain.packing import RAW, SPARSE, encoding_of, pack, unpack
 from dptrain.parts import at_once
 from dptrain.rule import Rule
-from dptrain.state import State, Store
+from dptrain.state import STRETCH, State, Store
 
 PAGE = 4096
 PAGES_AT_ONCE = 16 * PAGE
@@ -213,6 +214,7 @@ class _Part:
         self._segment, self._adding = (update.segment(store, 0, size, pair[0], some) for some in ((), [pair]))
         self._made_up = _made_up(a.sample, a, accumulator.at_once, rows)
         self._kept = accumulator.nothing_kept()
+        self._encoding = encoding_of(update.gradients.name)
 
     def accumulate(self, final: Callable[[int], None] | None = None) -> None:
         """Forward and backward; see Accumulator for ``final``."""
@@ -227,6 +229,13 @@ class _Part:
     def advance(self) -> None:
         """The update."""
         self._segment.advance(self._state, scale=1.0, rows=self._rows, add=False)
+
+    def pack(self) -> None:
+        """Packing of a whole vector for the wire, and unpacking."""
+        if self._encoding not in (RAW, SPARSE):
+            for at in range(0, self.size, STRETCH):
+                part = self._outbox[0, at : at + STRETCH]
+                unpack(pack(part, self._encoding).pieces[0], self._encoding, part)
 
     def step(self) -> None:
         """All of it but the addition."""
@@ -244,15 +253,17 @@ def _speed(a: Assembly) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One worker's part of a step, in seconds: ``compute`` for its shards, ``add`` and ``update`` for each element.
+    """One worker's part of a step, in seconds: ``compute`` for its shards, and for each element what is named so.
 
     ``final`` tells how far backward is: (lowest, seconds), from which parameter on the gradient is final, and when.
+    ``pack`` is to pack an element for the wire and to unpack one.
     """
 
     compute: float
     final: tuple[tuple[int, float], ...]
     add: float
     update: float
+    pack: float = 0.0
 
 
 def measured(a: Assembly, shards: int, rows: int) -> Measured:
@@ -267,9 +278,9 @@ def measured(a: Assembly, shards: int, rows: int) -> Measured:
         runs.append((time.perf_counter() - started, told))
 
     with np.errstate(all="ignore"):
-        _, update, add = _interleaved([accumulate, part.advance, part.add])
+        _, update, add, packed = _interleaved([accumulate, part.advance, part.add, part.pack])
     compute, final = min(runs[1:], key=lambda run: run[0])
-    return Measured(compute, tuple(final), add / part.size, update / part.size)
+    return Measured(compute, tuple(final), add / part.size, update / part.size, packed / part.size)
 
 
 def _interleaved(steps: list[Callable[[], None]], seconds: float = 0.6) -> list[float]:

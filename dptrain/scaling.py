@@ -9,12 +9,13 @@ message at a time each way, in the order in which messages are ready; machines a
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from dptrain import arithmetic
-from dptrain.assemble import assemble
+from dptrain.assemble import Assembly, assemble
 from dptrain.data.prepare import prepare
 from dptrain.errors import UsageError
 from dptrain.exchange.mpi import FEW, OVER_TCP
@@ -23,7 +24,8 @@ from dptrain.exchange.traffic import LOOK
 from dptrain.job.spec import Job
 from dptrain.layout import BLOCK, segments
 from dptrain.membership import Membership
-from dptrain.packing import RAW, encoding_of
+from dptrain.moving import Busy, Cores
+from dptrain.packing import RAW, SPARSE, encoding_of
 from dptrain.plan import Measured, measured, plan
 from dptrain.state import stretches
 from dptrain.tree import Node, merged
@@ -124,11 +126,17 @@ class Vector:
         return (stop - start) * (self.narrow if start < self.parameters else self.item)
 
 
-def simulate(size: Size, vector: Vector, link: Link, own: Measured, coordinators: int) -> Step:
-    """A step of the exchange with so many coordinators, the first workers."""
+def simulate(
+    size: Size, vector: Vector, link: Link, own: Measured, coordinators: int, cores: Cores | None = None
+) -> Step:
+    """A step of the exchange with so many coordinators, the first workers. Without ``cores`` bytes cost nothing."""
+    cores = cores or Cores()
+    own = _slowed(own, max(1.0, size.workers / cores.count))
+    at_work = Busy(size.machines, size.workers, cores, own.compute)
     membership = Membership(0, size.size, size.shards)
     groups = tuple(tuple(range(m * size.workers, (m + 1) * size.workers)) for m in range(size.machines))
     machines, goal = Machines(groups, 0), Node(0, size.shards)
+    packed = own.pack if vector.narrow < vector.item else 0.0
     roots, adds = [], []
     for group in groups:
         have = [node for rank in group for node in membership.nodes[rank]]
@@ -152,7 +160,8 @@ def simulate(size: Size, vector: Vector, link: Link, own: Measured, coordinators
         home = owner // size.workers
         ready = _ready(own, vector, start)
         for machine in range(size.machines):
-            added = ready + adds[machine] * own.add * (stop - start)
+            of_element = adds[machine] * own.add + (packed / 2 * roots[machine] if machine != home else 0.0)
+            added = at_work.compute(machine, ready, of_element * (stop - start))
             if machine == home:
                 here[number] = max(here[number], added)
             elif roots[machine]:
@@ -166,10 +175,10 @@ def simulate(size: Size, vector: Vector, link: Link, own: Measured, coordinators
     def finished(number: int) -> None:
         nonlocal order
         owner, start, stop = pieces[number]
-        at = max(here[number], busy.get(owner, 0.0)) + last * own.add * (stop - start) * (size.machines > 1)
-        busy[owner] = at
+        home, many = owner // size.workers, size.machines > 1
+        adding = (last * own.add + packed / 2) * (stop - start) * many
+        at = busy[owner] = at_work.compute(home, max(here[number], busy.get(owner, 0.0)), adding)
         sums.append((at, owner, stop - start))
-        home = owner // size.workers
         for machine in range(size.machines):
             if machine != home:
                 turn = nth[number] * size.machines + (machine - home) % size.machines
@@ -183,13 +192,15 @@ def simulate(size: Size, vector: Vector, link: Link, own: Measured, coordinators
         ready, _, _, source, target, number = heapq.heappop(events)
         owner, start, stop = pieces[number]
         home = owner // size.workers
-        nbytes = vector.nbytes(start, stop) * (1 if source == home else roots[source])
+        count = 1 if source == home else roots[source]
+        nbytes = vector.nbytes(start, stop) * count
         begun = max(ready + MESSAGE, out[source])
-        out[source] = begun + link.seconds(nbytes)
+        taken = begun + link.seconds(nbytes)
+        out[source] = taken = max(taken, at_work.move(source, begun, nbytes))
         sent[source] += nbytes
-        come = max(out[source] + link.latency, into[target] + link.seconds(nbytes))
-        into[target] = come
-        come += MESSAGE
+        come = max(taken + link.latency, into[target] + link.seconds(nbytes))
+        into[target] = come = max(come, at_work.move(target, begun + link.latency, nbytes))
+        come = at_work.compute(target, come, MESSAGE + packed / 2 * (stop - start) * count)
         if target == home:
             here[number] = max(here[number], come)
             awaited[number] -= 1
@@ -200,7 +211,8 @@ def simulate(size: Size, vector: Vector, link: Link, own: Measured, coordinators
             sums.append((come, carrier, stop - start))
     free: dict[int, float] = {}
     for come, worker, elements in sorted(sums):
-        free[worker] = max(come, told, free.get(worker, 0.0)) + elements * own.update
+        begun = max(come, told, free.get(worker, 0.0))
+        free[worker] = at_work.compute(worker // size.workers, begun, elements * own.update)
     return Step(max(free.values()) + _meeting(size, link), max(sent))
 
 
@@ -242,55 +254,88 @@ def sizes(job: Job, shards: int, machines: Sequence[int], workers: int, rows: in
 
 
 def predict(
-    job: Job, machines: Sequence[int], *, workers: int, link: Link, rows: int = 0, hours: float, slow: float = 1.0
+    job: Job,
+    machines: Sequence[int],
+    *,
+    workers: int,
+    link: Link,
+    rows: int = 0,
+    hours: float,
+    cores: Cores | None = None,
 ) -> Iterator[Point]:
     """One point for each number of machines. Raises DptrainError as training would.
 
-    ``hours``: between two failures of one machine; ``slow``: by how much workers are slowed by what they share.
+    ``hours``: between two failures of one machine. ``cores``: see ``simulate``.
     """
-    prepared = prepare(job.data, directory=Path(job.directory), seed=job.seed, cache=None)
-    with arithmetic.limited(job.arithmetic.threads):
-        a = assemble(job, prepared)
-        layout, item = a.model.layout, a.dtype.itemsize
-        narrow = item if encoding_of(a.gradients().name) in (RAW, "sparse") else 2
-        vector = Vector(layout.size, layout.parameters, item, narrow)
+    with _assembled(job) as (a, vector):
         known: dict[tuple[int, int], Measured] = {}
         memory = plan(job, workers=1).memory_total
 
         def own_of(size: Size) -> Measured:
             key = (size.own, size.rows)
             if key not in known:
-                known[key] = _slowed(measured(a, *key), slow)
+                known[key] = measured(a, *key)
             return known[key]
 
         (single,) = sizes(job, a.shards, [1], workers, rows)
-        alone = simulate(single, vector, link, own_of(single), workers).seconds
+        alone = simulate(single, vector, link, own_of(single), workers, cores).seconds
         reference = _samples(single, job, rows) / alone
         for size in sizes(job, a.shards, machines, workers, rows):
             own = own_of(size)
-            steps = {count: simulate(size, vector, link, own, count) for count in _candidates(size, vector)}
+            steps = {count: simulate(size, vector, link, own, count, cores) for count in _candidates(size, vector)}
             best = min(steps, key=lambda count: steps[count].seconds)
             seconds = steps[best].seconds
             rate = _samples(size, job, rows) / seconds
             lost = size.machines / (3600 * hours) * (RESTART + job.output.checkpoint_seconds / 2)
-            foreign = (size.machines - 1) * -(-vector.elements // best) * item
+            foreign = (size.machines - 1) * -(-vector.elements // best) * vector.item
             yield Point(
                 size=size,
                 batch=_samples(size, job, rows),
                 coordinators=best,
                 step=seconds,
-                compute=own.compute,
+                compute=own.compute * (max(1.0, workers / cores.count) if cores else 1.0),
                 samples_per_second=rate,
                 efficiency=rate / reference / size.machines,
                 sent=steps[best].sent,
-                memory=memory + foreign + (vector.elements * item if size.size > 1 else 0),
+                memory=memory + foreign + (vector.elements * vector.item if size.size > 1 else 0),
                 lost=min(1.0, lost),
             )
 
 
+@contextmanager
+def _assembled(job: Job) -> Iterator[tuple[Assembly, Vector]]:
+    prepared = prepare(job.data, directory=Path(job.directory), seed=job.seed, cache=None)
+    with arithmetic.limited(job.arithmetic.threads):
+        a = assemble(job, prepared)
+        layout, item = a.model.layout, a.dtype.itemsize
+        narrow = item if encoding_of(a.gradients().name) in (RAW, SPARSE) else 2
+        yield a, Vector(layout.size, layout.parameters, item, narrow)
+
+
+def cost_of_a_byte(job: Job, machines: int, *, link: Link, count: float, seconds: float) -> float:
+    """Cores.byte, from a step that took so long on so many machines of ``count`` cores and one worker each.
+
+    It should be one that waits for cores rather than for links; else the answer is too small.
+    """
+    with _assembled(job) as (a, vector):
+        (size,) = sizes(job, a.shards, [machines], 1, 0)
+        return byte_of(seconds, size, vector, link, measured(a, size.own, size.rows), count)
+
+
+def byte_of(seconds: float, size: Size, vector: Vector, link: Link, own: Measured, count: float) -> float:
+    """Cores.byte with which a simulated step takes so long, if any does; up to 100 ns."""
+    low, high = 0.0, 1e-7
+    while high - low > 1e-12:
+        middle = (low + high) / 2
+        longer = simulate(size, vector, link, own, size.size, Cores(count, middle)).seconds > seconds
+        low, high = (low, middle) if longer else (middle, high)
+    return low
+
+
 def _slowed(own: Measured, times: float) -> Measured:
+    """Workers that have to take turns with their shards."""
     final = tuple((lowest, at * times) for lowest, at in own.final)
-    return Measured(own.compute * times, final, own.add * times, own.update * times)
+    return replace(own, compute=own.compute * times, final=final)
 
 
 def _samples(size: Size, job: Job, rows: int) -> int:

@@ -39,7 +39,20 @@ FLOORS = [
     {"exchange"},
     {"worker", "watch", "chronicle", "assemble", "beginning", "parts", "trace", "meeting", "recovery", "watchdog"}
     | {"corruption"},
-    {"companion", "training", "origin", "result", "plan", "scaling", "launch", "ranks", "api", "launcher", "scratch"}
+    {
+        "companion",
+        "training",
+        "origin",
+        "result",
+        "plan",
+        "scaling",
+        "moving",
+        "launch",
+        "ranks",
+        "api",
+        "launcher",
+        "scratch",
+    }
     | {
         "supervise",
         "serve",

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from dptrain.job import spec
 from dptrain.job.load import check, complete
 from dptrain.layout import Layout
 from dptrain.membership import Membership
+from dptrain.moving import Cores, seconds_a_byte
 from dptrain.optim import make_optimizer, make_schedule
 from dptrain.plan import Measured
-from dptrain.scaling import GOODPUT, Link, Size, Vector, predict, simulate, sizes
+from dptrain.scaling import GOODPUT, Link, Size, Vector, byte_of, predict, simulate, sizes
 from dptrain.state import STRETCH, Update
 from tests.mpirun import dptrain, run
 
@@ -63,6 +65,57 @@ def test_one_machine_takes_what_it_computes_and_updates() -> None:
     found = simulate(Size(1, 1, 1, 8), VECTOR, Link(1e9, 0.0), own, 1)
     assert found.seconds == pytest.approx(0.1 + 2e-9 * VECTOR.elements)
     assert found.sent == 0
+
+
+def test_cores_that_are_shared_bound_a_step_by_all_they_have_to_do() -> None:
+    """Each machine moves each byte that it sends and each that comes, and updates all."""
+    over, size, cores = Link(1e12, 0.0), alike(2), Cores(1.0, 5e-9)
+    own = Measured(0.01, (), 0.0, 1e-9)
+    found = simulate(size, VECTOR, over, own, 2, cores)
+    wanted = 0.01 + 5e-9 * 2 * NBYTES + 1e-9 * VECTOR.elements
+    assert found.seconds == pytest.approx(wanted, rel=0.05)
+    half = simulate(size, VECTOR, over, own, 2, Cores(0.5, 5e-9))
+    assert half.seconds == pytest.approx(2 * wanted, rel=0.05)
+
+
+def test_a_core_of_its_own_moves_bytes_while_workers_compute() -> None:
+    over, size, moved = Link(1e12, 0.0), alike(2), 5e-9 * 2 * NBYTES
+    own = Measured(moved, ((0, 0.0),), 0.0, 0.0)
+    alone, shared = (simulate(size, VECTOR, over, own, 2, Cores(count, 5e-9)).seconds for count in (2, 1))
+    assert alone == pytest.approx(moved, rel=0.05)
+    assert shared == pytest.approx(2 * moved, rel=0.05)
+
+
+def test_a_link_that_is_slower_than_the_cores_is_the_bound() -> None:
+    over, size = Link(1e8, 0.0), alike(4)
+    free, found = (simulate(size, VECTOR, over, FREE, 4, Cores(0.5, byte)).seconds for byte in (0.0, 5e-9))
+    assert found == pytest.approx(free, rel=0.02)
+
+
+def test_workers_that_share_a_core_take_turns() -> None:
+    own = Measured(0.1, (), 0.0, 0.0)
+    assert simulate(Size(1, 3, 4, 8), VECTOR, Link(1e9, 0.0), own, 1, Cores(1.0)).seconds == pytest.approx(
+        0.3, rel=1e-3
+    )
+
+
+def test_packing_is_counted_where_bytes_are_narrower() -> None:
+    own, over, cores = Measured(0.0, (), 0.0, 0.0, pack=1e-8), Link(1e12, 0.0), Cores(1.0)
+    wide, narrow = (simulate(alike(2), replace(VECTOR, narrow=size), over, own, 2, cores).seconds for size in (4, 2))
+    # Each machine packs what it has of the other's half, and its own sum, and unpacks as much.
+    assert narrow - wide == pytest.approx(1e-8 * VECTOR.elements, rel=0.1)
+
+
+def test_what_a_byte_costs_is_found_again() -> None:
+    over, own = Link(1e12, 0.0), Measured(0.01, (), 1e-10, 1e-9)
+    seconds = simulate(alike(2), VECTOR, over, own, 2, Cores(1.0, 3e-9)).seconds
+    assert byte_of(seconds, alike(2), VECTOR, over, own, 1.0) == pytest.approx(3e-9, rel=0.01)
+    # A step that is bound by other things tells no more than that bytes don't cost more.
+    assert byte_of(0.001, alike(2), VECTOR, over, own, 1.0) == 0
+
+
+def test_what_a_byte_costs_here_is_measured() -> None:
+    assert 1e-12 < seconds_a_byte(0.05) < 1e-6
 
 
 class Counting(Alone):

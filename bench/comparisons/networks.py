@@ -12,14 +12,19 @@ from bench.interleave import Runs, interleaved, ratios, spread
 from bench.options import Options, data_folder
 from bench.workload import Workload
 from dptrain.job.load import check, complete
-from dptrain.scaling import Link, predict
+from dptrain.job.spec import Job
+from dptrain.moving import Cores
+from dptrain.scaling import Link, cost_of_a_byte, predict
 
 CASE = "mlp-128"
-LINKS = {"100mbit": 25, "1gbit": 200}
+LINKS = {"100mbit": 15, "1gbit": 100}
 """What comes to a machine and what goes from it, and the steps that are measured."""
 
 SHARDS = {2: 2, 3: 12}
 """Of each number of machines."""
+
+MEASURED_AT, OF_MACHINES = "1gbit", 2
+"""Where the cores are the bound: what a byte costs them is told by that case, for the predictions of all others."""
 
 LATENCY = 50e-6
 BITS = {"100mbit": 100e6, "1gbit": 1e9}
@@ -29,45 +34,79 @@ NAMES = {
     "mpich": "dptrain, MPICH",
     "ddp": "PyTorch DDP, gloo, float32",
 }
+BYTES_OF = {"float32": "float32", "bfloat16": "float32", "mpich": "mpich"}
+"""Which run tells what a byte costs."""
 
 
 def main(options: Options) -> None:
     """Leaves networks.json and .md."""
     content: dict[str, Any] = {}
-    tables = []
+    tables, found = [], {}
     with data_folder() as folder:
         for machines, shards in SHARDS.items():
             for rate, steps in LINKS.items():
                 work = options.case(CASE, folder).at(workers=machines, steps=5 if options.quick else steps)
-                case = f"{machines} machines, links of {rate}"
-                runs = interleaved(_contestants(work, rate, shards), options.repeats, case)
-                predicted = _predicted(work, rate, shards)
-                figures = {
-                    name: _figures(work, name, some, runs["ddp"], BITS[rate], predicted) for name, some in runs.items()
-                }
-                content[case] = {"shards": shards, "contestants": figures}
-                heads = ["", "samples/s", "x DDP", "of the link used", "predicted / measured"]
-                rows = [_row(name, some, len(heads)) for name, some in figures.items()]
-                tables.append(f"{case}, {shards} shards\n\n{report.table(heads, rows)}")
+                title = f"{machines} machines, links of {rate}"
+                found[machines, rate] = work, interleaved(_contestants(work, rate, shards), options.repeats, title)
+        bytes_of = _bytes_of(*found[OF_MACHINES, MEASURED_AT])
+        for (machines, rate), (work, runs) in found.items():
+            shards = SHARDS[machines]
+            predicted = _predicted(work, rate, shards, bytes_of)
+            if (machines, rate) == (OF_MACHINES, MEASURED_AT):
+                predicted = {name: one for name, one in predicted.items() if BYTES_OF[name] != name}
+            figures = {
+                name: _figures(work, name, some, runs["ddp"], BITS[rate], predicted) for name, some in runs.items()
+            }
+            case = f"{machines} machines, links of {rate}"
+            content[case] = {"shards": shards, "contestants": figures}
+            heads = ["", "samples/s", "x DDP", "of the link used", "predicted / measured"]
+            rows = [_row(name, some, len(heads)) for name, some in figures.items()]
+            tables.append(f"{case}, {shards} shards\n\n{report.table(heads, rows)}")
     title = (
         f"{work.network.title}, {work.rows} rows a worker, one worker on each machine: medians of {options.repeats} "
-        "interleaved repetitions (lowest to highest)"
+        f"interleaved repetitions (lowest to highest); all machines share {_cores()} cores"
     )
-    report.write(options.results, "networks", title, {"repeats": options.repeats}, content, "\n".join(tables))
+    settings = {"repeats": options.repeats, "seconds_a_byte": bytes_of}
+    said = ", ".join(f"{1e9 * one:.1f} ns with {NAMES[name][len('dptrain, ') :]}" for name, one in bytes_of.items())
+    tables.append(
+        f"Predicted with what a byte costs a core at each end, as float32 tells on {OF_MACHINES} machines and links of "
+        f"{MEASURED_AT}: {said}.\n"
+    )
+    report.write(options.results, "networks", title, settings, content, "\n".join(tables))
 
 
-def _predicted(work: Workload, rate: str, shards: int) -> dict[str, float]:
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _bytes_of(work: Workload, runs: Mapping[str, Runs]) -> dict[str, float]:
+    """What a byte costs a core with each MPI."""
+    job, found = _job(work, SHARDS[work.workers], "float32"), {}
+    link, count = Link(BITS[MEASURED_AT], LATENCY), _cores() / work.workers
+    for name in sorted(set(BYTES_OF.values())):
+        if runs[name].found:
+            seconds = work.batch / runs[name].median(RATE)
+            found[name] = cost_of_a_byte(job, work.workers, link=link, count=count, seconds=seconds)
+    return found
+
+
+def _job(work: Workload, shards: int, gradients: str) -> Job:
+    content = ours.content(work, shards, "segments")
+    content["arithmetic"]["gradients"] = {"float32": "auto"}.get(gradients, gradients)
+    return complete(check(content, work.model))
+
+
+def _predicted(work: Workload, rate: str, shards: int, bytes_of: Mapping[str, float]) -> dict[str, float]:
     """What ``dptrain plan`` says of it; all machines share this one's cores."""
     found = {}
-    slow = max(1.0, work.workers / len(os.sched_getaffinity(0)))
-    for gradients in ("float32", "bfloat16"):
-        content = ours.content(work, shards, "segments")
-        content["arithmetic"]["gradients"] = {"float32": "auto"}.get(gradients, gradients)
-        job = complete(check(content, work.model))
-        link = Link(BITS[rate], LATENCY)
-        (point,) = predict(job, [work.workers], workers=1, link=link, hours=math.inf, slow=slow)
-        found[gradients] = point.samples_per_second
-    return {**found, "mpich": found["float32"]}
+    for name, measured in BYTES_OF.items():
+        if measured not in bytes_of:
+            continue
+        job = _job(work, shards, "bfloat16" if name == "bfloat16" else "float32")
+        cores = Cores(_cores() / work.workers, bytes_of[measured])
+        (point,) = predict(job, [work.workers], workers=1, link=Link(BITS[rate], LATENCY), hours=math.inf, cores=cores)
+        found[name] = point.samples_per_second
+    return found
 
 
 def _contestants(work: Workload, rate: str, shards: int) -> dict[str, Any]:

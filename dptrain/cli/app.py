@@ -282,6 +282,15 @@ def plan(
         str, typer.Option("--link", metavar="RATE,LATENCY", help="A node's link, each way, as 100Gbit,2us.")
     ] = "10Gbit,20us",
     workers: Annotated[int, typer.Option("--workers", metavar="N", help="Workers on each node.", min=1)] = 1,
+    cores: Annotated[
+        float,
+        typer.Option(
+            "--cores", metavar="N", help="Cores of each node, for workers and TCP. Default: as here.", min=0.0
+        ),
+    ] = 0.0,
+    byte: Annotated[
+        float, typer.Option("--byte", metavar="NS", help="What a byte costs a core there. Default: as here.", min=0.0)
+    ] = 0.0,
     rows: Annotated[
         int, typer.Option("--rows", metavar="N", help="A batch of N rows for each worker. Default: the job's.", min=0)
     ] = 0,
@@ -301,7 +310,9 @@ def plan(
     from dptrain.cli import plan as prediction
 
     several, over = prediction.machines(counts), prediction.link(link)
-    prediction.show(loaded, several, over, workers=workers, rows=rows, hours=hours, as_json=as_json)
+    prediction.show(
+        loaded, several, over, workers=workers, cores=cores, byte=byte, rows=rows, hours=hours, as_json=as_json
+    )
 
 
 @app.command(epilog="Example: [bold]dptrain init && dptrain check[/]")

@@ -1,6 +1,7 @@
 """``dptrain plan``: what a job will take on other numbers of machines."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -8,6 +9,7 @@ from dataclasses import asdict
 from dptrain.cli.doctor import size
 from dptrain.errors import UsageError
 from dptrain.job.spec import Job
+from dptrain.moving import Cores, seconds_a_byte
 from dptrain.scaling import Link, Point, predict
 
 _RATES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -55,17 +57,32 @@ def link(text: str) -> Link:
     return Link(rate, latency)
 
 
-def show(job: Job, counts: Sequence[int], over: Link, *, workers: int, rows: int, hours: float, as_json: bool) -> None:
-    """Print the prediction for each number of machines. Raises DptrainError as training would."""
-    points = predict(job, counts, workers=workers, link=over, rows=rows, hours=hours)
+def show(
+    job: Job,
+    counts: Sequence[int],
+    over: Link,
+    *,
+    workers: int,
+    cores: float,
+    byte: float,
+    rows: int,
+    hours: float,
+    as_json: bool,
+) -> None:
+    """Print the prediction for each number of machines of ``cores``, each of which moves a byte in ``byte`` ns.
+
+    0 of either is what this machine has. Raises DptrainError as training would.
+    """
+    of_each = Cores(cores or len(os.sched_getaffinity(0)), byte / 1e9 or seconds_a_byte())
+    points = predict(job, counts, workers=workers, link=over, rows=rows, hours=hours, cores=of_each)
     if as_json:
         for point in points:
             print(json.dumps(asdict(point)), flush=True)
         return
-    _table(points, over, workers, hours)
+    _table(points, over, workers, of_each, hours)
 
 
-def _table(points: Iterable[Point], over: Link, workers: int, hours: float) -> None:
+def _table(points: Iterable[Point], over: Link, workers: int, cores: Cores, hours: float) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -93,7 +110,8 @@ def _table(points: Iterable[Point], over: Link, workers: int, hours: float) -> N
     console.width = max(console.width, 125)
     console.print(table)
     print(
-        f"{workers} workers a node; links of {over.rate / 1e9:g} Gbit/s each way, {1e6 * over.latency:g} us. Forward, "
-        "backward, additions and updates were measured here, on one worker; the exchange is simulated.\n"
+        f"{workers} workers and {cores.count:g} cores a node; links of {over.rate / 1e9:g} Gbit/s each way, "
+        f"{1e6 * over.latency:g} us. Forward, backward, additions and updates were measured here, on one worker; the "
+        f"exchange is simulated. A core moves a byte, at each of its ends, in {1e9 * cores.byte:.2g} ns.\n"
         f"A node fails once in {hours:,.0f} hours, which costs a restart and half of output.checkpoint_seconds."
     )
