@@ -4,7 +4,6 @@ One stream, made again whenever it breaks, until the agent is asked to stop or t
 """
 
 import contextlib
-import ipaddress
 import os
 import queue
 import random
@@ -23,7 +22,7 @@ import grpc
 from dptrain import arithmetic
 from dptrain.errors import BusyError, DptrainError, StorageError, UnreachableError, UsageError
 from dptrain.service import log
-from dptrain.service.daemons import Daemons, interface_of
+from dptrain.service.daemons import Daemons, interface_of, reached_from
 from dptrain.service.model import MOST_WORKERS
 from dptrain.service.nodes import mpi
 from dptrain.v1 import agent_service_pb2 as pb
@@ -57,7 +56,7 @@ def registration(name: str, slots: int, server: Address, address: str = "") -> p
         version=version("dptrain"),
         arithmetic=arithmetic.named(arithmetic.describe("native", 1)),
         fingerprint=arithmetic.kernel_hash(),
-        address=address or _reached_from(server),
+        address=address or reached_from(server),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=page * os.sysconf("SC_PHYS_PAGES"),
         mpi=mpi(),
@@ -256,16 +255,3 @@ def use(address: str, environ: MutableMapping[str, str]) -> None:
         )
     environ.setdefault("UCX_NET_DEVICES", interface)
     environ.setdefault("FI_TCP_IFACE", interface)
-
-
-def _reached_from(server: Address) -> str:
-    """The address of this machine by which it reaches the server; nothing is sent."""
-    if server.path:
-        return "127.0.0.1"
-    with contextlib.suppress(OSError):
-        family, kind, protocol, _, place = socket.getaddrinfo(server.host, server.port or 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(place)
-            found = str(probe.getsockname()[0])
-            return str(ipaddress.ip_address(found.partition("%")[0]))
-    return ""

@@ -1,8 +1,10 @@
 """What runs on an agent's node, each in a session of its own, and nothing else: daemons of launchers, and workers."""
 
 import contextlib
+import ipaddress
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -64,7 +66,7 @@ class Daemons:
     ) -> None:
         self._fetch, self._carry = fetch, carry
         self._say, self._server, self._ca = say, server, ca
-        self._environ = environment(environ, address)
+        self._environ = environment(environ, address, reached_from(server))
         self._lock = threading.Lock()
         self._wanted: set[int] = set()
         self._workers: set[int] = set()
@@ -251,10 +253,11 @@ class Daemons:
                 self._say(pb.ServeRequest(output=pb.Output(id=number, stderr=stderr, data=data)))
 
 
-def environment(environ: Mapping[str, str], address: str) -> dict[str, str]:
+def environment(environ: Mapping[str, str], address: str, reached: str) -> dict[str, str]:
     """What daemons are given: this agent's own environment without tokens and keys, and where its MPI is.
 
-    Of several networks Open MPI is to use the one by which the server is reached, unless the environment says another.
+    Of several networks workers under Open MPI are to use that of ``address``, and its daemon, which calls the launcher
+    beside the server, that of ``reached``, by which the server is; unless the environment says others.
     """
     prefix = sys.prefix
     kept = {name: value for name, value in environ.items() if name == "DPTRAIN_CACHE"}
@@ -262,11 +265,24 @@ def environment(environ: Mapping[str, str], address: str) -> dict[str, str]:
     found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found.get('PATH', os.defpath)}"
     libraries = [f"{prefix}/lib", found.get("LD_LIBRARY_PATH", "")]
     found["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
-    network = network_of(address)
     defaults = {"PRTE_PREFIX": prefix, "PMIX_PREFIX": prefix}
-    if network:
-        defaults |= {"PRTE_MCA_prte_if_include": network, "OMPI_MCA_btl_tcp_if_include": network}
+    for name, own in (("OMPI_MCA_btl_tcp_if_include", address), ("PRTE_MCA_prte_if_include", reached)):
+        if network := network_of(own):
+            defaults[name] = network
     return {**defaults, **found}
+
+
+def reached_from(server: Address) -> str:
+    """The address of this machine by which it reaches the server; nothing is sent."""
+    if server.path:
+        return "127.0.0.1"
+    with contextlib.suppress(OSError):
+        family, kind, protocol, _, place = socket.getaddrinfo(server.host, server.port or 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(place)
+            found = str(probe.getsockname()[0])
+            return str(ipaddress.ip_address(found.partition("%")[0]))
+    return ""
 
 
 def network_of(address: str) -> str:
@@ -280,8 +296,6 @@ def interface_of(address: str) -> tuple[str, str]:
     Loopback's network is "", as Open MPI's launcher does not listen there.
     """
     import fcntl
-    import ipaddress
-    import socket
     import struct
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

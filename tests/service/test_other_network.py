@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dptrain.launch import library
 from tests.faults.network import Cluster, missing
 from tests.service import over_nodes
 from tests.service.jobs import solo_hash
@@ -47,7 +46,6 @@ def _ip(*words: str) -> None:
 
 
 @pytest.mark.skipif(missing() != "", reason=missing() or "nodes can be made")
-@pytest.mark.skipif(library() != "MPICH", reason="Open MPI's launcher would have to be on the second network too")
 def test_mpi_goes_by_the_address_that_the_agent_names(tmp_path: Path) -> None:
     text = TEXT.replace(f"steps = {STEPS}", f"steps = {FEW}")
     truth = solo_hash(tmp_path, text)
