@@ -127,7 +127,7 @@ class Launcher:
             env["TMPDIR"] = str(self._folder)
         if start.loan is not None:
             env |= start.loan.begin(self._folder)
-        ours = os.getpid()
+        ours, told = os.getpid(), _Told(self._folder / supervision.ENDED)
         # A process group of its own: Ctrl-C in a terminal reaches mpirun once, through here.
         with subprocess.Popen(
             start.line,
@@ -140,7 +140,7 @@ class Launcher:
             try:
                 first: Sequence[int] = ()
                 if start.far:
-                    stuck = self._wait_far(process)
+                    stuck = self._wait_far(process, told)
                 else:
                     with contextlib.closing(_Workers(self._folder, start.workers, process)) as workers:
                         first, stuck = workers.wait()
@@ -156,10 +156,10 @@ class Launcher:
             stuck,
             _json(self._folder / supervision.RUN),
             _json(self._folder / supervision.FAILURE),
-            _lines(self._folder / supervision.ENDED),
+            told.stamped() if start.far else _lines(self._folder / supervision.ENDED),
         )
 
-    def _wait_far(self, process: "subprocess.Popen[bytes]") -> str:
+    def _wait_far(self, process: "subprocess.Popen[bytes]", told: "_Told") -> str:
         """Return when a launcher over several hosts has ended, why it had to be where it had to."""
         until: float | None = time.monotonic() + BEGUN
         stuck = f"no worker began to train within {BEGUN:g} s"
@@ -168,6 +168,7 @@ class Launcher:
                 process.wait(_LOOK)
                 lost = _json(self._folder / supervision.LOST)
                 return "" if lost is None else str(lost["error"])
+            told.look()
             if (lost := _json(self._folder / supervision.LOST)) is not None:
                 # The daemon of a host that nobody reaches is waited for by the launcher, and by nobody else.
                 until, stuck = until or time.monotonic() + GRACE, str(lost["error"])
@@ -205,6 +206,23 @@ class Launcher:
                 if os.waitpid(pid, os.WNOHANG) == (0, 0):
                     self._tell(f"process {pid} can't be ended and is left behind")
                     self._spared |= {pid}
+
+
+class _Told:
+    """A file of lines from several hosts, whose clocks may differ by hours: each has the time at which it came here."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._came: list[float] = []
+
+    def look(self) -> None:
+        """See what has come."""
+        self._came += [time.time()] * (len(_lines(self._path)) - len(self._came))
+
+    def stamped(self) -> list[dict[str, Any]]:
+        """All that came."""
+        self.look()
+        return [{**line, "time": came} for line, came in zip(_lines(self._path), self._came, strict=True)]
 
 
 class _Workers:

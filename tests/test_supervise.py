@@ -603,6 +603,15 @@ def test_a_cause_is_named(code: int, first: tuple[int, ...], ended: tuple[float,
     assert supervise.cause_of(Outcome(code, first, "", None, None, lines)) == cause
 
 
+def test_what_hosts_tell_has_the_time_at_which_it_came(short: list[str]) -> None:
+    # Of a host whose clock is hours behind.
+    tell = f'echo \'{{"rank": 1, "time": 5}}\' >>"${supervision.FOLDER}/{supervision.ENDED}"; exit 3'
+    with Launcher(short.append) as starter:
+        outcome = starter.launch(Start(["sh", "-c", tell], os.environ, 2, far=True))
+    assert [line["rank"] for line in outcome.ended] == [1]
+    assert abs(outcome.ended[0]["time"] - time.time()) < 60
+
+
 # What workers say.
 
 

@@ -23,6 +23,8 @@ COMPLETION = "_DPTRAIN_COMPLETE"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``dptrain ARGUMENTS`` (default: the process's own) and exit with its code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
+    # gRPC reports each attempt to connect on stderr; here the error that is raised says what failed.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     place = launch.announced(os.environ)
     if place.alone:
         code = _code_of(lambda: _command_line(argv, place, None), place)

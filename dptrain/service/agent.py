@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, MutableMapping
 from importlib.metadata import version
 from pathlib import Path
@@ -213,7 +214,8 @@ class _Stream:
         """Say how this node is, again and again."""
         while True:
             free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-            self._said.put(pb.ServeRequest(health=pb.Health(free_memory_bytes=free, load=os.getloadavg()[0])))
+            health = pb.Health(free_memory_bytes=free, load=os.getloadavg()[0], clock=time.time())
+            self._said.put(pb.ServeRequest(health=health))
             if self._ended.wait(seconds):
                 return
 

@@ -36,6 +36,9 @@ SILENT_SECONDS = 4 * HEALTH_SECONDS
 REMEMBERED_SECONDS = 3600.0
 """For which a lost node is still told of."""
 
+APART_SECONDS = 60.0
+"""By which a node's clock may differ from the server's before that is told."""
+
 MOST_NODES = 512
 
 _MOST_OUTPUT = 256
@@ -69,6 +72,8 @@ class Node:
     drained: bool = False
     lost: str = ""
     health: pb.Health = field(default_factory=pb.Health)
+    apart: float = 0.0
+    """Seconds by which its clock is ahead of the server's, where that is worth telling."""
     starts: dict[int, Start] = field(default_factory=dict)
     told: "queue.SimpleQueue[pb.ServeResponse | None]" = field(default_factory=queue.SimpleQueue)
 
@@ -111,8 +116,9 @@ class Nodes:
         changed: Callable[[], None],
         tell: Callable[..., None],
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
-        self.here, self._changed, self._tell, self._clock = here, changed, tell, clock
+        self.here, self._changed, self._tell, self._clock, self._wall = here, changed, tell, clock, wall
         self._lock = threading.Lock()
         self._nodes: dict[str, Node] = {}
         self._started = 0
@@ -153,9 +159,14 @@ class Nodes:
         self._changed()
 
     def hear(self, node: Node, health: pb.Health) -> None:
-        """A node's agent has said how it is."""
+        """A node's agent has said how it is. No clock but this machine's monotonic one decides anything."""
+        apart = health.clock - self._wall() if health.clock else 0.0
         with self._lock:
             node.health, node.heard = health, self._clock()
+            before, node.apart = node.apart, apart if abs(apart) > APART_SECONDS else 0.0
+        if (node.apart == 0.0) != (before == 0.0):
+            said = _apart(node.apart) or "its clock is the server's again"
+            self._tell("clock", node=node.registration.name, message=said)
 
     def begin(self, name: str, ask: Callable[[int], pb.ServeResponse]) -> Start:
         """Ask a node for something, by a number. Raises UnreachableError where it is not there."""
@@ -240,7 +251,7 @@ class Nodes:
 
     def _view(self, node: Node) -> View:
         silent = self._clock() - node.heard
-        message = node.lost or ("drained on request" if node.drained else "")
+        message = node.lost or "; ".join(filter(None, ("drained on request" * node.drained, _apart(node.apart))))
         return View(node.registration, node.health, node.state, message, silent)
 
     def _forget(self) -> None:
@@ -289,6 +300,16 @@ def mpi() -> str:
         return " ".join(launch.library_version())
     except LaunchError:
         return ""
+
+
+def _apart(seconds: float) -> str:
+    """What is said of a node whose clock is so far ahead; "" where it is not."""
+    if not seconds:
+        return ""
+    minutes = round(abs(seconds) / 60)
+    far = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+    way = "ahead of" if seconds > 0 else "behind"
+    return f"its clock is {far} {way} the server's: set both, as by NTP"
 
 
 def _end(node: Node) -> None:

@@ -148,19 +148,23 @@ class Health(_message.Message):
 
     FREE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    CLOCK_FIELD_NUMBER: _builtins.int
     free_memory_bytes: _builtins.int
     """What is free of its memory, in bytes."""
     load: _builtins.float
     """Processes that ran or waited to run, over the last minute, by the kernel's count."""
+    clock: _builtins.float
+    """Its wall clock, in seconds since 1970. Nothing is decided by it: the server says whose clock is not set."""
     def __init__(
         self,
         *,
         free_memory_bytes: _builtins.int = ...,
         load: _builtins.float = ...,
+        clock: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_memory_bytes", b"free_memory_bytes", "load", b"load"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock", b"clock", "free_memory_bytes", b"free_memory_bytes", "load", b"load"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,7 @@ for what another attempt may cure.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import grpc
 from google.protobuf import duration_pb2
@@ -67,6 +68,27 @@ _BARE: dict[grpc.StatusCode, tuple[type[DptrainError], str]] = {
 """Statuses that come without our details: from gRPC itself, or from something that is no dptrain."""
 
 
+_VALID = "that is valid now, {now} by this machine's clock"
+_SET = "set the clocks of both machines, as by NTP; if they are right, make new certificates with dptrain certs init"
+_DISTRUSTED = (
+    ("is not yet valid", _VALID, "that is not valid yet", _SET),
+    ("has expired", _VALID, "that has expired", _SET),
+    (
+        "unable to get local issuer certificate",
+        "of the CA that was given",
+        "of another",
+        "give the ca.crt that was made with the server's certificate, by --tls-ca",
+    ),
+    (
+        "Hostname Verification Check failed",
+        "for this name",
+        "for other names",
+        "use a name that it is for, or make one with dptrain certs init --host NAME",
+    ),
+)
+"""What gRPC says of a server's certificate that it doesn't trust; what was expected and found, and the cure."""
+
+
 def code_of(error: DptrainError) -> grpc.StatusCode:
     """The status code of an error."""
     return next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), grpc.StatusCode.UNKNOWN)
@@ -125,6 +147,11 @@ def _bare(call: grpc.Call, address: object) -> DptrainError:
     code = call.code()
     kind, cure = _BARE.get(code, (DptrainError, "see the server's log"))
     said = _clipped(" ".join((call.details() or "").split()))
+    if code is grpc.StatusCode.UNAVAILABLE:
+        for mark, expected, found, mends in _DISTRUSTED:
+            if mark in said:
+                expected = expected.format(now=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
+                return kind(f"server {address}", expected=f"a certificate {expected}", found=f"one {found}", cure=mends)
     return kind(f"server {address}", expected="an answer", found=f"{code.name}: {said}", cure=cure)
 
 

@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 import grpc
 
-from dptrain.errors import UsageError
+from dptrain.errors import UnreachableError, UsageError
 from dptrain.v1 import version_pb2, version_pb2_grpc
 from dptrain.wire.address import Address
 from dptrain.wire.limits import Patience
@@ -24,6 +24,10 @@ class Version(version_pb2_grpc.VersionServiceServicer):
         return version_pb2.GetVersionResponse(version=version("dptrain"), wire=WIRE)
 
 
+_WHY_SECONDS = 2.0
+"""For an answer to why there is no connection: one attempt to connect at most."""
+
+
 def agree(channel: grpc.Channel, address: Address, patience: Patience | None = None) -> str:
     """The server's version; it is waited for until it can be reached, as long as ``patience`` says.
 
@@ -31,8 +35,13 @@ def agree(channel: grpc.Channel, address: Address, patience: Patience | None = N
     """
     seconds = (patience or Patience()).connect_seconds
     stub = version_pb2_grpc.VersionServiceStub(channel)
-    with told(address):
-        found = stub.GetVersion(version_pb2.GetVersionRequest(), timeout=seconds, wait_for_ready=True)
+    try:
+        with told(address):
+            found = stub.GetVersion(version_pb2.GetVersionRequest(), timeout=seconds, wait_for_ready=True)
+    except UnreachableError:
+        # Who waits for a connection is not told why there is none.
+        with told(address):
+            found = stub.GetVersion(version_pb2.GetVersionRequest(), timeout=min(seconds, _WHY_SECONDS))
     if found.wire != WIRE:
         raise UsageError(
             f"server {address}",

@@ -54,12 +54,13 @@ class Service:
         line = ["serve", "--agents", "--listen", self.address, "--data", "data", *self.options]
         return self.on(0, *line, "--tls-cert", "certs/server.crt", "--tls-key", "certs/server.key")
 
-    def agent(self, node: int, *options: str, slots: int = 1, apart: bool = False) -> Command:
+    def agent(self, node: int, *options: str, slots: int = 1, apart: bool = False, **environ: str) -> Command:
         """With ``apart``, of this or of all, it doesn't see the server's folder."""
         apart = apart or self.apart
         words = ["agent", *self.client, "--slots", str(slots), "--token-file", "token", *options]
         hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none data && exec "$@"', "sh"] if apart else []
-        return self.on(node, *words, before=hidden, DPTRAIN_CACHE=str(self.place.folder / f"cache-{node}"))
+        cache = str(self.place.folder / f"cache-{node}")
+        return self.on(node, *words, before=hidden, DPTRAIN_CACHE=cache, **environ)
 
     def on(self, node: int, *words: str, before: Sequence[str] = (), **environ: str) -> Command:
         line = [*self.cluster.inside(node), *before, *DPTRAIN, *words]

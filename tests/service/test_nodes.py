@@ -103,6 +103,31 @@ def test_who_can_t_take_part_is_told_why(
     assert [view.registration.instance for view in nodes.views()] == ["1"]
 
 
+def test_a_clock_that_differs_is_told_once_and_shown(clock: Clock) -> None:
+    told: list[str] = []
+    nodes = Nodes(
+        Here("own", "MPI 1", "/python"), lambda: None, lambda _, **said: told.append(str(said)), clock, lambda: 1e9
+    )
+    node = nodes.join(registration())
+
+    def shown(ahead: float) -> str:
+        nodes.hear(node, pb.Health(clock=1e9 + ahead))
+        return nodes.views()[0].message
+
+    told.clear()
+    assert (shown(0.0), shown(59.0), shown(-59.0), told) == ("", "", "", [])
+    assert shown(-18000.0) == "its clock is 5 h 00 min behind the server's: set both, as by NTP"
+    assert shown(125.0) == "its clock is 2 min ahead of the server's: set both, as by NTP"
+    nodes.drain("a", True)
+    assert nodes.views()[0].message.startswith("drained on request; its clock is 2 min ahead")
+    assert [line for line in told if "clock" in line] == told[:1]
+    assert shown(0.0) == "drained on request"
+    assert "its clock is the server's again" in told[-1]
+    # One that says nothing of its clock.
+    nodes.hear(node, pb.Health())
+    assert nodes.views()[0].message == "drained on request"
+
+
 def test_an_agent_comes_back_in_place_of_its_own_broken_stream(nodes: Nodes) -> None:
     before = nodes.join(registration())
     after = nodes.join(registration(drained=True))

@@ -149,17 +149,20 @@ def test_a_server_of_another_ca_name_or_without_tls_is_not_talked_to(echo: Echo,
     certificates.init(tmp_path / "other")
     tls = ServerTls(certs / "server.crt", certs / "server.key")
     with Server(HERE, [echo.service()], serving=Serving(tls=tls)) as server:
-        for client in (
-            ClientTls(tmp_path / "other" / "ca.crt"),
-            ClientTls(certs / "ca.crt", server_name="trainer.lan"),
-            None,
+        for client, why in (
+            (
+                ClientTls(tmp_path / "other" / "ca.crt"),
+                "of the CA that was given, found one of another; give the ca.crt",
+            ),
+            (ClientTls(certs / "ca.crt", server_name="trainer.lan"), "for this name, found one for other names"),
+            (None, "UNAVAILABLE"),
         ):
-            with (
-                connect(server.address, Calling("dptrain_x", client)) as channel,
-                pytest.raises(UnreachableError),
-                told(server.address),
-            ):
-                call(channel, "Once", timeout=5)
+            with connect(server.address, Calling("dptrain_x", client)) as channel:
+                with pytest.raises(UnreachableError, match=why), told(server.address):
+                    call(channel, "Once", timeout=5)
+                # Whoever waits for the server hears it too.
+                with pytest.raises(UnreachableError, match=why):
+                    version.agree(channel, server.address, Patience(connect_seconds=0.5))
         with connect(server.address, Calling("dptrain_x", ClientTls(certs / "ca.crt"))) as channel:
             assert call(channel, "Once") == b"x"
     assert len(echo.heard) == 1
