@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from dptrain import arithmetic, heap
+from dptrain import arithmetic, heap, turns
 from dptrain.errors import BusyError, UnreachableError
 from dptrain.job.spec import Job, plain, rebuild
 
@@ -57,12 +57,13 @@ def work(
     from dptrain.wire.channel import connect
 
     heap.keep()
+    turns.short()
     addresses = [parse(server) for server in servers]
     with ExitStack() as left:
         channels = []
 
         def open_to(address: "Address") -> None:
-            channels.append((address, connect(address, calling)))
+            channels.append((address, connect(address, calling, direct=True)))
             left.callback(channels[-1][1].close)
 
         for address in addresses:

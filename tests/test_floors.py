@@ -22,6 +22,7 @@ FLOORS = [
         "phases",
         "limits",
         "heap",
+        "turns",
         "cores",
         "board",
         "processes",

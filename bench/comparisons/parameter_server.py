@@ -17,10 +17,11 @@ NAMES = {
     "ddp": "PyTorch DDP, gloo, float32",
 }
 WIRE = {
-    f"{MODELS['mlp'].title}: {MODELS['mlp'].parameters:,} elements": (MODELS["mlp"].parameters, 50),
+    f"{MODELS['mlp'].title} ({MODELS['mlp'].parameters:,} elements)": (MODELS["mlp"].parameters, 50),
     "16,000,000 elements": (16_000_000, 3),
 }
 """Vectors, and how often each goes each way in a round."""
+WAYS = {"": "its bytes sent", "lent": "looked at where it lies, as a run on one machine does"}
 
 
 def main(options: Options) -> None:
@@ -37,14 +38,14 @@ def main(options: Options) -> None:
             work.title,
         )
     steps, rows = _steps(runs)
-    wire = {title: _wire(*sizes, options) for title, sizes in WIRE.items()}
+    wire = {f"{title}, {WAYS[way]}": _wire(*sizes, way, options) for way in WAYS for title, sizes in WIRE.items()}
     lines = [row for title, found in wire.items() for row in _wire_rows(title, found)]
     title = f"A parameter server and its workers on one machine: medians of {options.repeats} interleaved repetitions"
     tables = "\n".join(
         [
             f"{work.title} and a server, whole training steps\n",
             report.table(["", "samples/s (lowest to highest)", "x DDP"], rows),
-            "The wire alone, over a Unix socket, both processes' checksums and copies included\n",
+            "A vector on its way alone, over a Unix socket, both processes' checksums and copies included\n",
             report.table(["", "GB/s (lowest to highest)", "x a bare gRPC stream of 1 MiB chunks"], lines),
         ]
     )
@@ -75,15 +76,15 @@ def _steps(runs: dict[str, Runs]) -> tuple[dict[str, Any], list[list[str]]]:
     return content, rows
 
 
-def _wire(elements: int, times: int, options: Options) -> dict[str, Any]:
+def _wire(elements: int, times: int, way: str, options: Options) -> dict[str, Any]:
     try:
         arguments = [elements, 1 if options.quick else times, options.repeats]
-        rates = spawn.alone("bench.contestants.wire", *map(str, arguments))["bytes_per_second"]
+        rates = spawn.alone("bench.contestants.wire", *map(str, arguments), *filter(None, [way]))["bytes_per_second"]
     except NotRun as error:
         return {"not_run": str(error)}
     found: dict[str, Any] = {"bytes_per_second": {way: spread(some) for way, some in rates.items()}, "runs": rates}
-    for way in ("push", "pull"):
-        found[f"{way}_times_bare"] = spread([a / b for a, b in zip(rates[way], rates[f"bare_{way}"], strict=True)])
+    for to in ("push", "pull"):
+        found[f"{to}_times_bare"] = spread([a / b for a, b in zip(rates[to], rates[f"bare_{to}"], strict=True)])
     return found
 
 
@@ -92,7 +93,7 @@ def _wire_rows(title: str, found: dict[str, Any]) -> list[list[str]]:
         return [report.not_run(title, found["not_run"], 3)]
     return [
         [
-            f"{title}, {way}",
+            f"{title}: {way}",
             _cell(found["bytes_per_second"][way], 1e9, ".2f"),
             _cell(found[f"{way}_times_bare"], 1, ".2f"),
         ]

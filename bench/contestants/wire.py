@@ -2,6 +2,7 @@
 
 Vectors go back and forth over a Unix socket, nothing is computed. The bare stream neither looks at bytes nor keeps
 them; dptrain's puts them into the flat vector, with checksum and place, and is read by the threads that a run has.
+With ``lent`` both sides look at the other's vector where it lies, as they do in a run on one machine.
 """
 
 import json
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -20,7 +21,8 @@ from typing import Any
 import grpc
 import numpy as np
 
-from dptrain import heap
+from dptrain import heap, turns
+from dptrain.exchange.parameter_server import codec, lending
 from dptrain.exchange.parameter_server.client import Stub, Weights
 from dptrain.exchange.parameter_server.codec import CHUNK, Written, cuts, encode
 from dptrain.exchange.parameter_server.hub import Hub, Part
@@ -28,7 +30,6 @@ from dptrain.exchange.parameter_server.intake import Intake
 from dptrain.exchange.parameter_server.outlet import Outlet
 from dptrain.exchange.parameter_server.peers import Peers
 from dptrain.exchange.parameter_server.servicer import Servicer
-from dptrain.layout import Array
 from dptrain.packing import RAW
 from dptrain.tree import Node
 from dptrain.v1 import parameter_server_pb2 as pb
@@ -50,11 +51,15 @@ def sizes(elements: int) -> list[int]:
     return [min(CHUNK, 4 * elements - at) for at in range(0, 4 * elements, CHUNK)]
 
 
-def serve(folder: str, elements: int) -> None:
+def serve(folder: str, elements: int, lends: bool) -> None:
     """Be the server of both, until standard input ends."""
     heap.keep()
+    turns.short()
     hub = Hub({})
-    intake, outlet = Intake(0, 0, elements, np.float32, Written(RAW, elements)), Outlet(JOB, 0, 0, elements)
+    (vector,), lent = lending.rows(1, elements, np.float32)
+    lent = lent if lends else None
+    intake = Intake(0, 0, elements, np.float32, Written(RAW, elements))
+    outlet = Outlet(JOB, 0, 0, elements, lent=lent)
     part = Part(
         identity=IDENTITY,
         job=JOB,
@@ -66,12 +71,12 @@ def serve(folder: str, elements: int) -> None:
         segments=1,
         owners=frozenset({0}),
         era=0,
-        lent=None,
+        lent=lent,
         tell=lambda notice, servers: None,
     )
     hub.admit(part)
     peers = Peers(hub, segments=1, others=0, follows=False, silent_seconds=SECONDS)
-    vector = np.random.default_rng(1).standard_normal(elements, dtype=np.float32)
+    vector[:] = np.random.default_rng(1).standard_normal(elements, dtype=np.float32)
     chunks = [bytes(size) for size in sizes(elements)]
 
     def lease(request: bytes, context: Any) -> bytes:
@@ -127,9 +132,10 @@ def serve(folder: str, elements: int) -> None:
 class Both:
     """The client of both: each way moves one vector, and returns when all of it is there."""
 
-    def __init__(self, folder: str, elements: int, bare: grpc.Channel, ours: grpc.Channel) -> None:
+    def __init__(self, folder: str, elements: int, lends: bool, bare: grpc.Channel, ours: grpc.Channel) -> None:
         agree(ours, parse(f"unix:{folder}/ours"), Patience(connect_seconds=SECONDS))
-        self.vector = np.random.default_rng(2).standard_normal(elements, dtype=np.float32)
+        (self.vector,), lent = lending.rows(1, elements, np.float32)
+        self.vector[:] = np.random.default_rng(2).standard_normal(elements, dtype=np.float32)
         self._bare = bare
         self._chunks = [bytes(size) for size in sizes(elements)]
         self._step = 0
@@ -144,7 +150,14 @@ class Both:
         self._asked, self._bare_pulled = self._stream(bare.stream_stream(f"/{BARE}/pull"))
         self._published, _ = self._stream(bare.stream_stream(f"/{BARE}/publish"))
         self._weights = Weights(np.zeros(elements, np.float32), JOB, [(0, elements)])
-        pulled = stub.pull(iter([pb.PullRequest(membership=self._membership)]))
+        self._lent = lent if lends else None
+        if self._lent is not None:
+            found = stub.lend(pb.LendRequest(membership=self._membership, partials=self._lent.told))
+            memory = lending.look(found.weights)
+            assert found.looks
+            assert memory is not None
+            self._weights.look(0, memory)
+        pulled = stub.pull(pb.PullRequest(membership=self._membership, looks=lends))
         self._streams.append(pulled)
         threading.Thread(target=self._receive, args=(pulled,), daemon=True).start()
 
@@ -174,26 +187,35 @@ class Both:
         """Seconds of a partial's way to the server."""
         number = int(self._tell("lease"))
         started = time.perf_counter()
-        for start, stop in cuts(len(self.vector), 4):
-            place = pb.Place(
-                membership=self._membership,
-                lease=number,
-                lo=0,
-                hi=1,
-                offset=start,
-                total=len(self.vector),
-                encoding=pb.ENCODING_RAW,
-            )
-
-            def message(place: pb.Place = place, part: Array = self.vector[start:stop]) -> bytes:
-                return encode(place, part)
-
-            self._sent.put(message)
+        every = cuts(len(self.vector), 4)
+        for some in codec.together(every) if self._lent is not None else [[cut] for cut in every]:
+            self._sent.put(self._message(number, some))
         answer = next(self._pushed)
         seconds = time.perf_counter() - started
         assert answer.outcome == pb.OUTCOME_COMPLETE, answer
         self._tell("over", str(number).encode())
         return seconds
+
+    def _message(self, lease: int, some: Sequence[tuple[int, int]]) -> Callable[[], bytes]:
+        """What makes the message of these chunks when it is its turn."""
+        first, last = some[0][0], some[-1][1]
+        place = pb.Place(
+            membership=self._membership,
+            lease=lease,
+            lo=0,
+            hi=1,
+            offset=first,
+            total=len(self.vector),
+            encoding=pb.ENCODING_RAW,
+        )
+
+        def message() -> bytes:
+            where = None if self._lent is None else self._lent.where(self.vector[first:last])
+            if where is None:
+                return encode(place, self.vector[first:last])
+            return codec.lent(place, [self.vector[start:stop] for start, stop in some], where)
+
+        return message
 
     def bare_push(self) -> float:
         """The same of bare chunks."""
@@ -231,19 +253,20 @@ class Both:
 WAYS = ("push", "bare_push", "pull", "bare_pull")
 
 
-def main(elements: int, times: int, repeats: int) -> None:
+def main(elements: int, times: int, repeats: int, lends: bool) -> None:
     """Print the bytes a second of each way in each of the interleaved repeats, as one line of JSON."""
     heap.keep()
+    turns.short()
     with tempfile.TemporaryDirectory() as folder:
-        line = [sys.executable, "-m", "bench.contestants.wire", "--serve", folder, str(elements)]
+        line = [sys.executable, "-m", "bench.contestants.wire", "--serve", folder, str(elements), str(int(lends))]
         with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
             assert server.stdin is not None
             server.stdout.readline()
             with (
                 grpc.insecure_channel(f"unix:{folder}/bare") as bare,
-                connect(parse(f"unix:{folder}/ours")) as ours,
-                closing(Both(folder, elements, bare, ours)) as both,
+                connect(parse(f"unix:{folder}/ours"), direct=True) as ours,
+                closing(Both(folder, elements, lends, bare, ours)) as both,
             ):
                 rates = _measured(both, elements, times, repeats)
             server.stdin.close()
@@ -265,6 +288,6 @@ def _measured(both: Both, elements: int, times: int, repeats: int) -> dict[str, 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        serve(sys.argv[2], int(sys.argv[3]))
+        serve(sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1")
     else:
-        main(*map(int, sys.argv[1:4]))
+        main(*map(int, sys.argv[1:4]), sys.argv[4:5] == ["lent"])

@@ -69,7 +69,8 @@ class Stub:
             path("Work"), pb.WorkRequest.SerializeToString, pb.WorkResponse.FromString
         )
         self.push: Callable[..., Any] = channel.stream_stream(path("Push"), None, pb.PushResponse.FromString)
-        self.pull: Callable[..., Any] = channel.stream_stream(
+        # To the server the same as a stream of one request, which is all that is ever said here.
+        self.pull: Callable[..., Any] = channel.unary_stream(
             path("Pull"), pb.PullRequest.SerializeToString, codec.decode_pull
         )
 
@@ -313,7 +314,7 @@ class Client:
 
     def _pull(self, server: int) -> Any:
         looks = server < len(self._segments) and self.weights.looks(server)
-        return self._stubs[server].pull(iter([pb.PullRequest(membership=self._membership, looks=looks)]))
+        return self._stubs[server].pull(pb.PullRequest(membership=self._membership, looks=looks))
 
     def leave(self) -> None:
         """Take part no more after the task at hand; from a signal handler."""
