@@ -7,7 +7,6 @@ With ``lent`` both sides look at the other's vector where it lies, as they do in
 
 import json
 import os
-import queue
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import numpy as np
 
 from dptrain import heap, turns
 from dptrain.exchange.parameter_server import codec, lending
-from dptrain.exchange.parameter_server.client import Stub, Weights
+from dptrain.exchange.parameter_server.client import Sending, Stub, Weights
 from dptrain.exchange.parameter_server.codec import CHUNK, Written, cuts, encode
 from dptrain.exchange.parameter_server.hub import Hub, Part
 from dptrain.exchange.parameter_server.intake import Intake
@@ -161,14 +160,9 @@ class Both:
         self._streams.append(pulled)
         threading.Thread(target=self._receive, args=(pulled,), daemon=True).start()
 
-    def _stream(self, call: Callable[..., Any]) -> tuple[Any, Any]:
-        sending: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-        def messages() -> Iterator[Any]:
-            while (message := sending.get()) is not None:
-                yield message() if callable(message) else message
-
-        stream = call(messages())
+    def _stream(self, call: Callable[..., Any]) -> tuple[Sending, Any]:
+        sending = Sending()
+        stream = call(sending)
         self._streams.append(stream)
         return sending, stream
 
@@ -189,7 +183,7 @@ class Both:
         started = time.perf_counter()
         every = cuts(len(self.vector), 4)
         for some in codec.together(every) if self._lent is not None else [[cut] for cut in every]:
-            self._sent.put(self._message(number, some))
+            self._sent.give(self._message(number, some))
         answer = next(self._pushed)
         seconds = time.perf_counter() - started
         assert answer.outcome == pb.OUTCOME_COMPLETE, answer
@@ -221,7 +215,7 @@ class Both:
         """The same of bare chunks."""
         started = time.perf_counter()
         for chunk in self._chunks:
-            self._bare_sent.put(chunk)
+            self._bare_sent.queue.put(chunk)
         next(self._bare_pushed)
         return time.perf_counter() - started
 
@@ -229,7 +223,7 @@ class Both:
         """Seconds from the word to publish to all weights being here."""
         self._step += 1
         started = time.perf_counter()
-        self._published.put(str(self._step).encode())
+        self._published.queue.put(str(self._step).encode())
         with self._weights.lock:
             self._weights.wait((self._step, False))
         return time.perf_counter() - started
@@ -237,7 +231,7 @@ class Both:
     def bare_pull(self) -> float:
         """The same of bare chunks."""
         started = time.perf_counter()
-        self._asked.put(b"")
+        self._asked.queue.put(b"")
         for _ in self._chunks:
             next(self._bare_pulled)
         return time.perf_counter() - started
@@ -245,7 +239,7 @@ class Both:
     def close(self) -> None:
         """End the streams."""
         for sending in (self._sent, self._bare_sent, self._asked, self._published):
-            sending.put(None)
+            sending.queue.put(None)
         for stream in self._streams:
             stream.cancel()
 

@@ -37,6 +37,9 @@ _LAST_WORD = 2.0
 _SIGNS = 4
 """How often within a lease's seconds a worker may give a sign."""
 
+_AHEAD = 4
+"""Messages that may wait to be sent; each is a copy of a chunk."""
+
 _LOOK = 0.25
 """Seconds of a wait for a server after which it is a sign of life that it goes on."""
 
@@ -91,10 +94,14 @@ class Broken(Exception):
 
 
 @dataclass
-class _Sending:
-    """Messages on their way to one stream; None ends it."""
+class Sending:
+    """Messages on their way to one stream; None ends it. One that is callable is what makes it when it is its turn."""
 
     queue: "queue.SimpleQueue[Any]" = field(default_factory=queue.SimpleQueue)
+
+    def give(self, make: Callable[[], bytes]) -> None:
+        """A message that is made at once, while others leave, as long as not too many are made and wait."""
+        self.queue.put(make() if self.queue.qsize() < _AHEAD else make)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -246,8 +253,8 @@ class Client:
         self._stubs, self._membership, self._compute, self._hidden = stubs, membership, compute, hidden
         self._segments, self._written = segments, written
         self.weights = Weights(compute.weights, membership.job, segments)
-        self._said = _Sending()
-        self._chunks = [_Sending() for lo, hi in segments]
+        self._said = Sending()
+        self._chunks = [Sending() for lo, hi in segments]
         self._looks: set[int] = set()
         """The segments whose servers look at the partials where they lie."""
         self._name = name
@@ -479,7 +486,7 @@ class Client:
                 self.weights.lock.notify_all()
             return made
 
-        self._chunks[segment].queue.put(message)
+        self._chunks[segment].give(message)
 
     def _blocks(self, task: pb.Evaluate) -> None:
         with self.weights.lock:
