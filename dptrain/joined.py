@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from dptrain import arithmetic, heap, turns
+from dptrain import arithmetic, heap
 from dptrain.errors import BusyError, UnreachableError
 from dptrain.job.spec import Job, plain, rebuild
 
@@ -57,7 +57,6 @@ def work(
     from dptrain.wire.channel import connect
 
     heap.keep()
-    turns.short()
     addresses = [parse(server) for server in servers]
     with ExitStack() as left:
         channels = []

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dptrain import arithmetic, heap, turns
+from dptrain import arithmetic, heap
 from dptrain.errors import exit_code
 from dptrain.job.spec import Job, plain
 
@@ -42,7 +42,6 @@ def serve(
     """
     job = replace(job, exchange=replace(job.exchange, type="ps", servers=servers, standby=standby))
     heap.keep()
-    turns.short()
     arithmetic.choose(job.arithmetic.kernels, job.arithmetic.threads)
     from dptrain.exchange.parameter_server.hub import Hub
     from dptrain.exchange.parameter_server.peers import Peers

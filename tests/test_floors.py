@@ -22,7 +22,6 @@ FLOORS = [
         "phases",
         "limits",
         "heap",
-        "turns",
         "cores",
         "board",
         "processes",

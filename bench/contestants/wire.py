@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from dptrain import heap, turns
+from dptrain import heap
 from dptrain.exchange.parameter_server import codec, lending
 from dptrain.exchange.parameter_server.client import Sending, Stub, Weights
 from dptrain.exchange.parameter_server.codec import CHUNK, Written, cuts, encode
@@ -53,7 +53,6 @@ def sizes(elements: int) -> list[int]:
 def serve(folder: str, elements: int, lends: bool) -> None:
     """Be the server of both, until standard input ends."""
     heap.keep()
-    turns.short()
     hub = Hub({})
     (vector,), lent = lending.rows(1, elements, np.float32)
     lent = lent if lends else None
@@ -250,7 +249,6 @@ WAYS = ("push", "bare_push", "pull", "bare_pull")
 def main(elements: int, times: int, repeats: int, lends: bool) -> None:
     """Print the bytes a second of each way in each of the interleaved repeats, as one line of JSON."""
     heap.keep()
-    turns.short()
     with tempfile.TemporaryDirectory() as folder:
         line = [sys.executable, "-m", "bench.contestants.wire", "--serve", folder, str(elements), str(int(lends))]
         with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:

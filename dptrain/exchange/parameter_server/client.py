@@ -486,7 +486,11 @@ class Client:
                 self.weights.lock.notify_all()
             return made
 
-        self._chunks[segment].give(message)
+        if self._lends(segment):
+            # Nothing is copied, and the answer need not wait for a checksum.
+            self._chunks[segment].queue.put(message)
+        else:
+            self._chunks[segment].give(message)
 
     def _blocks(self, task: pb.Evaluate) -> None:
         with self.weights.lock:

@@ -1,7 +1,7 @@
 """Where the weights go out: every committed vector, to all who listen, without being asked for."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from dptrain.exchange.parameter_server.codec import Version, cuts, encode, lent, together
 from dptrain.exchange.parameter_server.lending import Lent
@@ -71,11 +71,13 @@ class Outlet:
             for looks in (True, False):
                 hearing = [listener for listener in self._listeners if self._looks(listener) == looks]
                 if hearing or (self._asked and not looks):
-                    to_make.append((self._prepared(looks), looks, [] if self._asked else hearing))
+                    to_make.append((self._prepared(looks), looks))
+                    for listener in () if self._asked else hearing:
+                        listener.hear(self._made[looks])
             for worker in list(self._wanted):
                 self._give(worker)
-        for messages, looks, hearing in to_make:
-            self._make(messages, part, (step, best), looks, hearing)
+        for messages, looks in to_make:
+            self._make(messages, part, (step, best), looks)
 
     def _looks(self, listener: "Listening") -> bool:
         """Whether it looks at the newest where that lies."""
@@ -89,12 +91,9 @@ class Outlet:
         made = self._made[looks] = Messages(len(together(some)) if looks else len(some))
         return made
 
-    def _make(
-        self, messages: Messages, part: Array, version: Version, looks: bool, hearing: Sequence["Listening"] = ()
-    ) -> None:
-        """Make all messages; who is ``hearing`` is told when there is the first, so as not to wait for it in turns."""
+    def _make(self, messages: Messages, part: Array, version: Version, looks: bool) -> None:
         every = cuts(len(part), part.dtype.itemsize)
-        for i, some in enumerate(together(every) if looks else [[cut] for cut in every]):
+        for some in together(every) if looks else [[cut] for cut in every]:
             lo, hi = some[0][0], some[-1][1]
             place = pb.Place(
                 membership=pb.Membership(job=self._job),
@@ -110,8 +109,6 @@ class Outlet:
                 messages.add(encode(place, part[lo:hi]))
             else:
                 messages.add(lent(place, [part[start:stop] for start, stop in some], where))
-            for listener in () if i else hearing:
-                listener.hear(messages)
 
     def retract(self) -> None:
         """What was handed out last is not what is gone on from: whoever listens from now on gets the next."""
