@@ -545,7 +545,7 @@ LIVE = shlex.join(
         (2, f"{BEGIN}; {LIVE}", "a worker ended before training, and the others waited"),
         (2, f"(exit 1) & {LIVE}", "only 1 of 2 workers began, and waited for the others"),
         (1, f"{BEGIN}; sleep 1000", "all workers had ended, and mpirun had not"),
-        (2, f"{BEGIN}; {{opened}}; {LIVE} & sleep 1.5; kill $!", ""),
+        (2, f"{{opened}}; {BEGIN}; {LIVE} & sleep 1.5; kill $!", ""),
     ],
 )
 def test_a_launcher_that_waits_for_nothing_is_ended(
