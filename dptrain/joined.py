@@ -62,7 +62,7 @@ def work(
         channels = []
 
         def open_to(address: "Address") -> None:
-            channels.append((address, connect(address, calling, direct=True)))
+            channels.append((address, connect(address, calling)))
             left.callback(channels[-1][1].close)
 
         for address in addresses:

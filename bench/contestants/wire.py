@@ -155,7 +155,7 @@ class Both:
             assert found.looks
             assert memory is not None
             self._weights.look(0, memory)
-        pulled = stub.pull(pb.PullRequest(membership=self._membership, looks=lends))
+        pulled = stub.pull(iter([pb.PullRequest(membership=self._membership, looks=lends)]))
         self._streams.append(pulled)
         threading.Thread(target=self._receive, args=(pulled,), daemon=True).start()
 
@@ -182,7 +182,7 @@ class Both:
         started = time.perf_counter()
         every = cuts(len(self.vector), 4)
         for some in codec.together(every) if self._lent is not None else [[cut] for cut in every]:
-            self._sent.give(self._message(number, some))
+            self._sent.queue.put(self._message(number, some))
         answer = next(self._pushed)
         seconds = time.perf_counter() - started
         assert answer.outcome == pb.OUTCOME_COMPLETE, answer
@@ -257,7 +257,7 @@ def main(elements: int, times: int, repeats: int, lends: bool) -> None:
             server.stdout.readline()
             with (
                 grpc.insecure_channel(f"unix:{folder}/bare") as bare,
-                connect(parse(f"unix:{folder}/ours"), direct=True) as ours,
+                connect(parse(f"unix:{folder}/ours")) as ours,
                 closing(Both(folder, elements, lends, bare, ours)) as both,
             ):
                 rates = _measured(both, elements, times, repeats)

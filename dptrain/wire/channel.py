@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import grpc
-import grpc.experimental
 
 from dptrain.wire.address import Address
 from dptrain.wire.backoff import FIRST_SECONDS, MOST_SECONDS
@@ -24,21 +23,17 @@ def connect(
     patience: Patience | None = None,
     message_bytes: int = MESSAGE_BYTES,
     twice: Sequence[str] = (),
-    direct: bool = False,
 ) -> grpc.Channel:
     """A channel to the server at ``address``, which need not be there yet; ``version.agree`` waits for it.
 
     A unary call that names no deadline gets ``patience``'s. Calls of the services and methods in ``twice``
     (``package.Service`` or ``package.Service/Method``), which must do no harm when they are made twice, are made again
-    with growing pauses while the server is unavailable. Messages up to ``message_bytes`` are received. ``direct``: who
-    reads what one request is answered with, message after message, does so without a thread between, which takes less
-    time for each. Raises RefusedError where a token would leave this machine unprotected.
+    with growing pauses while the server is unavailable. Messages up to ``message_bytes`` are received. Raises
+    RefusedError where a token would leave this machine unprotected.
     """
     calling, patience = calling or Calling(), patience or Patience()
     calling.allow(address)
     options = _options(patience, message_bytes, twice)
-    if direct:
-        options.append((grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1))
     tls = None if address.path else calling.tls
     if tls is None:
         channel = grpc.insecure_channel(str(address), options)

@@ -37,9 +37,6 @@ _LAST_WORD = 2.0
 _SIGNS = 4
 """How often within a lease's seconds a worker may give a sign."""
 
-_AHEAD = 4
-"""Messages that may wait to be sent; each is a copy of a chunk."""
-
 _LOOK = 0.25
 """Seconds of a wait for a server after which it is a sign of life that it goes on."""
 
@@ -72,8 +69,7 @@ class Stub:
             path("Work"), pb.WorkRequest.SerializeToString, pb.WorkResponse.FromString
         )
         self.push: Callable[..., Any] = channel.stream_stream(path("Push"), None, pb.PushResponse.FromString)
-        # To the server the same as a stream of one request, which is all that is ever said here.
-        self.pull: Callable[..., Any] = channel.unary_stream(
+        self.pull: Callable[..., Any] = channel.stream_stream(
             path("Pull"), pb.PullRequest.SerializeToString, codec.decode_pull
         )
 
@@ -95,13 +91,9 @@ class Broken(Exception):
 
 @dataclass
 class Sending:
-    """Messages on their way to one stream; None ends it. One that is callable is what makes it when it is its turn."""
+    """Messages on their way to one stream; None ends it."""
 
     queue: "queue.SimpleQueue[Any]" = field(default_factory=queue.SimpleQueue)
-
-    def give(self, make: Callable[[], bytes]) -> None:
-        """A message that is made at once, while others leave, as long as not too many are made and wait."""
-        self.queue.put(make() if self.queue.qsize() < _AHEAD else make)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -321,7 +313,7 @@ class Client:
 
     def _pull(self, server: int) -> Any:
         looks = server < len(self._segments) and self.weights.looks(server)
-        return self._stubs[server].pull(pb.PullRequest(membership=self._membership, looks=looks))
+        return self._stubs[server].pull(iter([pb.PullRequest(membership=self._membership, looks=looks)]))
 
     def leave(self) -> None:
         """Take part no more after the task at hand; from a signal handler."""
@@ -486,11 +478,7 @@ class Client:
                 self.weights.lock.notify_all()
             return made
 
-        if self._lends(segment):
-            # Nothing is copied, and the answer need not wait for a checksum.
-            self._chunks[segment].queue.put(message)
-        else:
-            self._chunks[segment].give(message)
+        self._chunks[segment].queue.put(message)
 
     def _blocks(self, task: pb.Evaluate) -> None:
         with self.weights.lock:

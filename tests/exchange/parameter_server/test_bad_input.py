@@ -1,6 +1,5 @@
 """What a parameter server may be sent in the middle of a run. None of it ends the run or moves a bit."""
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,10 +102,6 @@ class Hostile(Client):
         class Held:
             def put(self, message: Any) -> None:
                 held.append(message)
-
-            def qsize(self) -> int:
-                # So many that none is made before it is its turn.
-                return sys.maxsize
 
             def get(self) -> Any:
                 # The stream's own thread may look here before it waits there.
