@@ -156,7 +156,7 @@ class Launcher:
             stuck,
             _json(self._folder / supervision.RUN),
             _json(self._folder / supervision.FAILURE),
-            told.stamped() if start.far else _lines(self._folder / supervision.ENDED),
+            told.look() if start.far else _lines(self._folder / supervision.ENDED),
         )
 
     def _wait_far(self, process: "subprocess.Popen[bytes]", told: "_Told") -> str:
@@ -215,14 +215,11 @@ class _Told:
         self._path = path
         self._came: list[float] = []
 
-    def look(self) -> None:
-        """See what has come."""
-        self._came += [time.time()] * (len(_lines(self._path)) - len(self._came))
-
-    def stamped(self) -> list[dict[str, Any]]:
-        """All that came."""
-        self.look()
-        return [{**line, "time": came} for line, came in zip(_lines(self._path), self._came, strict=True)]
+    def look(self) -> list[dict[str, Any]]:
+        """All that has come."""
+        lines = _lines(self._path)
+        self._came += [time.time()] * (len(lines) - len(self._came))
+        return [{**line, "time": came} for line, came in zip(lines, self._came, strict=True)]
 
 
 class _Workers:
@@ -418,6 +415,7 @@ def _json(path: Path) -> Mapping[str, Any] | None:
 
 
 def _lines(path: Path) -> list[Mapping[str, Any]]:
+    """Those that are whole; the last may be on its way."""
     with contextlib.suppress(OSError):
-        return [json.loads(line) for line in path.read_bytes().splitlines()]
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
     return []
