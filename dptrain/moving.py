@@ -17,6 +17,10 @@ class Cores:
     count: float = math.inf
     byte: float = 0.0
 
+    def turns(self, workers: int) -> float:
+        """By how much so many workers are slowed that have to take turns."""
+        return max(1.0, workers / self.count)
+
 
 class Busy:
     """The cores of ``machines``: what they have to do is done as soon as there is time for it, in whatever order.

@@ -131,7 +131,7 @@ def simulate(
 ) -> Step:
     """A step of the exchange with so many coordinators, the first workers. Without ``cores`` bytes cost nothing."""
     cores = cores or Cores()
-    own = _slowed(own, max(1.0, size.workers / cores.count))
+    own = _slowed(own, cores.turns(size.workers))
     at_work = Busy(size.machines, size.workers, cores, own.compute)
     membership = Membership(0, size.size, size.shards)
     groups = tuple(tuple(range(m * size.workers, (m + 1) * size.workers)) for m in range(size.machines))
@@ -267,6 +267,7 @@ def predict(
 
     ``hours``: between two failures of one machine. ``cores``: see ``simulate``.
     """
+    cores = cores or Cores()
     with _assembled(job) as (a, vector):
         known: dict[tuple[int, int], Measured] = {}
         memory = plan(job, workers=1).memory_total
@@ -293,7 +294,7 @@ def predict(
                 batch=_samples(size, job, rows),
                 coordinators=best,
                 step=seconds,
-                compute=own.compute * (max(1.0, workers / cores.count) if cores else 1.0),
+                compute=own.compute * cores.turns(workers),
                 samples_per_second=rate,
                 efficiency=rate / reference / size.machines,
                 sent=steps[best].sent,

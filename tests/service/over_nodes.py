@@ -32,6 +32,19 @@ STEPS = 2000
 QUIET = JOB.replace("steps = 30", f"steps = {STEPS}")
 TEXT = QUIET.replace("[train]", "[output]\ncheckpoint_steps = 50\n\n[train]")
 
+FEW = {"node": 600, "ps": 1500}
+"""Steps of each kind of job, which are done when the other's are, about. Those over MPI take longer to begin."""
+
+
+def of_steps(steps: int) -> str:
+    """TEXT with another number of steps."""
+    return TEXT.replace(f"steps = {STEPS}", f"steps = {steps}")
+
+
+def truths(folder: Path) -> dict[str, str]:
+    """Solo's hash of each kind of job of FEW steps."""
+    return {kind: solo_hash(folder, of_steps(few)) for kind, few in FEW.items()}
+
 
 class Service:
     """A server with agents, each on its own node; commands run on the server's."""
@@ -76,6 +89,22 @@ class Service:
         (self.place.folder / "job.toml").write_text(text or TEXT)
         found: str = json.loads(self.said("submit", "job.toml", "-o", "json", *words))["id"]
         return found
+
+    def submit_each(self) -> dict[str, str]:
+        """A job of each kind, of FEW steps and three workers; their IDs."""
+        text = '{}\n[exchange]\ntype = "{}"\n'
+        return {kind: self.submit("-n", "3", text=text.format(of_steps(few), kind)) for kind, few in FEW.items()}
+
+    def have_begun(self, jobs: Mapping[str, str]) -> None:
+        """Return when each has done a tenth of its steps."""
+        for kind, job in jobs.items():
+            self.reaches(job, FEW[kind] // 10)
+
+    def end_as(self, jobs: Mapping[str, str], truths: Mapping[str, str]) -> None:
+        """Each ends with its hash, and a whole journal."""
+        for kind, job in jobs.items():
+            assert self.result(job)["weights_sha256"] == truths[kind], kind
+            self.whole(job, FEW[kind])
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """What the server's log says of one kind."""

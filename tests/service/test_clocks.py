@@ -12,15 +12,11 @@ from tests.faults.live import until
 from tests.faults.network import missing as no_nodes
 from tests.faults.oracle import Command
 from tests.service import over_nodes
-from tests.service.jobs import solo_hash
-from tests.service.over_nodes import STEPS, TEXT, WHAT, Service
+from tests.service.over_nodes import WHAT, Service
 
 HOURS = 3600
-KINDS = {"node": 600, "ps": 1500}
-"""Steps of each kind of job, which are done when the other's are, about."""
-TEXTS = {kind: TEXT.replace(f"steps = {STEPS}", f"steps = {steps}") for kind, steps in KINDS.items()}
 COMMANDS = {"node": "run", "ps": "worker"}
-"""What the command of a worker has among its words."""
+"""What the command of a worker of each kind of job has among its words."""
 SHIFTS = {1: 5 * HOURS, 2: 0, 3: -5 * HOURS}
 
 
@@ -72,32 +68,29 @@ def workers(service: Service, node: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("what", ["nothing", pytest.param("agent stopped", marks=pytest.mark.long)])
 def test_clocks_that_differ_by_hours_decide_nothing_and_are_told(what: str, library: Path, tmp_path: Path) -> None:
-    truths = {kind: solo_hash(tmp_path, text) for kind, text in TEXTS.items()}
+    truths = over_nodes.truths(tmp_path)
     with over_nodes.service(tmp_path / "place") as service:
         service.apart = True
         agents: Mapping[int, Command] = {
             node: service.agent(node, slots=2, **shifted(library, seconds)) for node, seconds in SHIFTS.items()
         }
         service.seen("clock", 2)
-        jobs = {kind: service.submit("-n", "3", text=f'{TEXTS[kind]}\n[exchange]\ntype = "{kind}"\n') for kind in KINDS}
+        jobs = service.submit_each()
         maps: dict[tuple[int, str], str] = {}
 
         def all_seen() -> bool:
             for node in SHIFTS:
                 maps.update({(node, kind): mapped for kind, mapped in workers(service, node).items()})
-            return {node for node, _ in maps} == set(SHIFTS) and {kind for _, kind in maps} == set(KINDS)
+            return {node for node, _ in maps} == set(SHIFTS) and {kind for _, kind in maps} == set(COMMANDS)
 
         # Workers' clocks are as their agent's.
         assert until(all_seen, 90, nap=0.05), (maps.keys(), service.server.err)
         assert {node for (node, _), mapped in maps.items() if str(library) in mapped} == {1, 3}
         assert {node for (node, _), mapped in maps.items() if str(library) not in mapped} == {2}
         if what != "nothing":
-            for kind, job in jobs.items():
-                service.reaches(job, KINDS[kind] // 10)
+            service.have_begun(jobs)
             WHAT[what](service, agents)
-        for kind, job in jobs.items():
-            assert service.result(job)["weights_sha256"] == truths[kind], kind
-            service.whole(job, KINDS[kind])
+        service.end_as(jobs, truths)
         said = {node["name"]: node.get("message", "") for node in json.loads(service.said("nodes", "-o", "json"))}
         assert said["node-1"] == "its clock is 5 h 00 min ahead of the server's: set both, as by NTP"
         assert said["node-2"] == ""

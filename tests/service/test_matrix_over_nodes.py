@@ -10,15 +10,10 @@ import pytest
 from tests.faults.network import missing
 from tests.service import over_nodes
 from tests.service.jobs import solo_hash
-from tests.service.over_nodes import STEPS, TEXT, WHAT
-
-FEW = {"ps": 1500, "node": 600}
-"""Steps of each kind of job, which are done when the other's are, about."""
+from tests.service.over_nodes import WHAT, of_steps
 
 MANY = {"ps": 6000, "node": 1500}
-"""Of those to which others come."""
-
-TEXTS = {kind: TEXT.replace(f"steps = {STEPS}", f"steps = {few}") for kind, few in FEW.items()}
+"""Steps of jobs to which others come."""
 
 # What befalls a worker of MPI alone is test_lending's.
 CASES = ["nothing", *(what for what in WHAT if what not in ("worker killed", "chief killed"))]
@@ -29,7 +24,7 @@ QUICK = ("agent killed",)
 
 @pytest.fixture(scope="module")
 def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {kind: solo_hash(tmp_path_factory.mktemp("truth"), text) for kind, text in TEXTS.items()}
+    return over_nodes.truths(tmp_path_factory.mktemp("truth"))
 
 
 @pytest.mark.skipif(missing() != "", reason=missing() or "nodes can be made")
@@ -41,25 +36,18 @@ def test_the_hash_is_solos(what: str, truths: dict[str, str], tmp_path: Path) ->
         service.apart = True
         agents = {node: service.agent(node, slots=2) for node in (1, 2, 3)}
         service.seen("node joined", 3)
-        # Those over MPI take longer to begin.
-        jobs = {
-            kind: service.submit("-n", "3", text=f'{TEXTS[kind]}\n[exchange]\ntype = "{kind}"\n')
-            for kind in ("node", "ps")
-        }
-        for kind, job in jobs.items():
-            service.reaches(job, FEW[kind] // 10)
+        jobs = service.submit_each()
+        service.have_begun(jobs)
         if what != "nothing":
             WHAT[what](service, agents)
-        for kind, job in jobs.items():
-            assert service.result(job)["weights_sha256"] == truths[kind], kind
-            service.whole(job, FEW[kind])
+        service.end_as(jobs, truths)
 
 
 @pytest.mark.skipif(missing() != "", reason=missing() or "nodes can be made")
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["node", "ps"])
 def test_two_workers_become_four(kind: str, tmp_path: Path) -> None:
-    text = TEXT.replace(f"steps = {STEPS}", f"steps = {MANY[kind]}")
+    text = of_steps(MANY[kind])
     with over_nodes.service(tmp_path / "place", "--resize-after", "1") as service:
         service.apart = True
         for node, slots in ((1, 1), (2, 1), (3, 2)):

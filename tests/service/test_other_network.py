@@ -9,7 +9,7 @@ import pytest
 from tests.faults.network import Cluster, missing
 from tests.service import over_nodes
 from tests.service.jobs import solo_hash
-from tests.service.over_nodes import STEPS, TEXT
+from tests.service.over_nodes import of_steps
 
 FEW = 300
 PARAMETERS = 64 * 10
@@ -47,7 +47,7 @@ def _ip(*words: str) -> None:
 
 @pytest.mark.skipif(missing() != "", reason=missing() or "nodes can be made")
 def test_mpi_goes_by_the_address_that_the_agent_names(tmp_path: Path) -> None:
-    text = TEXT.replace(f"steps = {STEPS}", f"steps = {FEW}")
+    text = of_steps(FEW)
     truth = solo_hash(tmp_path, text)
     with over_nodes.service(tmp_path / "place") as service:
         nodes = (1, 2, 3)
