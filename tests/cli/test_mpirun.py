@@ -181,7 +181,7 @@ shards = 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
-@pytest.mark.parametrize("exchange", ["node", "ps"])
+@pytest.mark.parametrize("exchange", ["node", pytest.param("ps", marks=pytest.mark.long)])
 def test_what_containers_have_of_dev_shm_is_enough(
     exchange: str, dptrain: Program, env: dict[str, str], tmp_path: Path
 ) -> None:

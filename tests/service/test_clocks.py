@@ -25,7 +25,10 @@ def missing() -> str:
     return no_nodes() or ("" if shutil.which("gcc") else "clocks: no gcc here: apt-get install gcc libc6-dev")
 
 
-pytestmark = pytest.mark.skipif(missing() != "", reason=missing() or "clocks can be shifted")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(missing() != "", reason=missing() or "clocks can be shifted"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def workers(service: Service, node: int) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("what", ["nothing", pytest.param("agent stopped", marks=pytest.mark.long)])
+@pytest.mark.parametrize("what", ["nothing", "agent stopped"])
 def test_clocks_that_differ_by_hours_decide_nothing_and_are_told(what: str, library: Path, tmp_path: Path) -> None:
     truths = over_nodes.truths(tmp_path)
     with over_nodes.service(tmp_path / "place") as service:

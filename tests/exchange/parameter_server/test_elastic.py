@@ -155,6 +155,7 @@ def test_servers_die_one_after_the_other(folder: Path, solo: str) -> None:
     assert said.count("died") == 2
 
 
+@pytest.mark.long
 def test_without_a_standby_the_newest_checkpoint_is_used(folder: Path, solo: str) -> None:
     run = Run(folder, "-n", "2")
     run.reach(300)
