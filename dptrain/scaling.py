@@ -20,7 +20,7 @@ from dptrain.data.prepare import prepare
 from dptrain.errors import UsageError
 from dptrain.exchange.mpi import FEW, OVER_TCP
 from dptrain.exchange.segments import Machines
-from dptrain.exchange.traffic import LOOK
+from dptrain.exchange.traffic import LOOK, PIECE
 from dptrain.job.spec import Job
 from dptrain.layout import BLOCK, segments
 from dptrain.membership import Membership
@@ -118,7 +118,7 @@ class Vector:
         """(owner, start, stop), from the end to the beginning, which is backward's order."""
         cuts = list(enumerate(segments(self.elements, coordinators)))
         for owner, (lo, hi) in reversed(cuts):
-            for start, stop in reversed(stretches(lo, hi, self.parameters)):
+            for start, stop in reversed(stretches(lo, hi, self.parameters, PIECE)):
                 yield owner, start, stop
 
     def nbytes(self, start: int, stop: int) -> int:

@@ -134,12 +134,15 @@ class Update:
         """The number of blocks that norms are summed by."""
         return -(-self.layout.size // BLOCK)
 
-    def segment(self, store: Store, lo: int, hi: int, total: Array, pairs: Sequence[Pair] = ()) -> "Segment":
+    def segment(
+        self, store: Store, lo: int, hi: int, total: Array, pairs: Sequence[Pair] = (), *, stretch: int | None = None
+    ) -> "Segment":
         """Elements lo to hi of the vector; lo is a multiple of BLOCK, and so is hi unless it is the end.
 
-        ``total`` (hi - lo,) holds their gradient sum as soon as ``pairs``, of the same length, are added in order.
+        ``total`` (hi - lo,) holds their gradient sum as soon as ``pairs``, of the same length, are added in order. A
+        ``stretch`` has so many elements, a multiple of BLOCK and at most STRETCH (None).
         """
-        return Segment(self, store, lo, hi, total, pairs)
+        return Segment(self, store, lo, hi, total, pairs, stretch or STRETCH)
 
 
 class Side(NamedTuple):
@@ -155,9 +158,9 @@ STRETCH = 4 * BLOCK
 """Elements that all passes go over before the next ones: they stay in a core's cache, and few calls are needed."""
 
 
-def stretches(lo: int, hi: int, parameters: int) -> list[tuple[int, int]]:
+def stretches(lo: int, hi: int, parameters: int, length: int = STRETCH) -> list[tuple[int, int]]:
     """The stretches of elements lo to hi, each of parameters alone, or of the buffers behind them."""
-    cuts = sorted({*range(lo, hi, STRETCH), min(max(lo, parameters), hi), hi})
+    cuts = sorted({*range(lo, hi, length), min(max(lo, parameters), hi), hi})
     return list(pairwise(cuts))
 
 
@@ -177,14 +180,14 @@ class Segment:
     """All that is done in a step to a range of the flat vector, stretch by stretch. Made once, it allocates no more."""
 
     def __init__(
-        self, update: Update, store: Store, lo: int, hi: int, total: Array, pairs: Sequence[Pair] = ()
+        self, update: Update, store: Store, lo: int, hi: int, total: Array, pairs: Sequence[Pair], stretch: int
     ) -> None:
         self._update = update
         self._gradients = update.gradients.apart()
         layout = update.layout
         momentum = layout.buffer_momentum()
         self._stretches = []
-        self.ranges = stretches(lo, hi, layout.parameters)
+        self.ranges = stretches(lo, hi, layout.parameters, stretch)
         for start, stop in self.ranges:
             part, here = slice(start - lo, stop - lo), slice(start, stop)
             buffers = start >= layout.parameters

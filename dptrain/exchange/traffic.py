@@ -4,8 +4,12 @@ Backward knows the gradients of the last layers first. A piece whose partials ar
 it at once; its sum comes back as soon as its coordinator has all of them. In backward a thread sees to it, which sleeps
 between looks; afterwards the worker itself does, and updates the pieces whose sums are there while others travel.
 Which elements are added to which, and in which order, is the tree's: the bits don't know of any of this.
+
+To each peer few messages are under way at a time, and partials go before sums: links are shared by all that is under
+way on them, and what is whole late holds up who needs it.
 """
 
+import heapq
 import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,12 +17,18 @@ from typing import NamedTuple
 import numpy as np
 
 from dptrain.exchange.communicator import Communicator, Message, Posted
-from dptrain.layout import Array
+from dptrain.layout import BLOCK, Array
 from dptrain.packing import RAW, SPARSE, pack, unpack
 from dptrain.state import Segment
 
 LOOK = 0.0003
 """Seconds between looks during backward: a link of 1 Gbit/s carries 37 kB in them, and more than that is queued."""
+
+PIECE = 2 * BLOCK
+"""Elements: a sum can leave when all of its piece has come, and each piece costs a look and a few messages."""
+
+AT_ONCE = 3
+"""Messages that are under way to a peer: one travels while the next ones are agreed on."""
 
 _FIRST_TAG = 1 << 16
 """Those below it are others'."""
@@ -49,6 +59,44 @@ class Range(NamedTuple):
     receives: Sequence[Way]
 
 
+class Departures:
+    """What is to go, and what is under way, by peer."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._waiting: dict[int, list[tuple[bool, int, Message]]] = {}
+        self._under_way: dict[int, list[Posted]] = {}
+        self._count = 0
+
+    def add(self, messages: Sequence[Message], *, sums: bool) -> None:
+        """Messages that may go from now on: partials before sums, and otherwise in this order."""
+        for message in messages:
+            self._count += 1
+            heapq.heappush(self._waiting.setdefault(message.peer, []), (sums, self._count, message))
+
+    def look(self) -> bool:
+        """Let go what may, and say whether anything did."""
+        moved = False
+        for peer, waiting in self._waiting.items():
+            under_way = self._under_way.setdefault(peer, [])
+            under_way[:] = [some for some in under_way if not some.done()]
+            while waiting and len(under_way) < AT_ONCE:
+                *_, message = heapq.heappop(waiting)
+                under_way.append(self._communicator.post([message], [], "exchange"))
+                moved = True
+        return moved
+
+    def gone(self) -> bool:
+        """Whether all has; as of the last look."""
+        return not any(self._waiting.values()) and not any(self._under_way.values())
+
+    def abandon(self) -> None:
+        """After WorkerLost."""
+        for under_way in self._under_way.values():
+            self._communicator.abandon(under_way)
+        self._waiting, self._under_way = {}, {}
+
+
 class Piece:
     """A stretch of a segment: ``added`` as soon as what goes has gone, ``summed`` when its finished sum is here."""
 
@@ -65,14 +113,19 @@ class Piece:
         if encoding != RAW:
             self._receives = [some._replace(array=np.empty(2 * len(some.array), np.uint8)) for some in self._wanted]
         self.added = self.summed = True
-        self.under_way: list[Posted] = []
+        self._coming: list[Posted] = []
 
     def open(self, communicator: Communicator) -> None:
         """Be ready for what comes in this step."""
         self.added = self.summed = False
-        self.under_way = [communicator.post([], self._receives, "exchange")]
+        self._coming = [communicator.post([], self._receives, "exchange")]
 
-    def look(self, final: bool, communicator: Communicator) -> bool:
+    def abandon(self, communicator: Communicator) -> None:
+        """After WorkerLost."""
+        communicator.abandon(self._coming)
+        self._coming = []
+
+    def look(self, final: bool, departures: Departures) -> bool:
         """Go on as far as may be, and say whether that was anywhere; ``final``: what is to be added here."""
         if self.summed or (not self.added and not final):
             return False
@@ -80,15 +133,11 @@ class Piece:
             if self.owned and not self._came():
                 return False
             self.segment.add(self.number)
-            self.under_way.append(communicator.post(self._packed(), [], "exchange"))
+            departures.add(self._packed(), sums=self.owned)
             self.added, self.summed = True, self.owned
             return True
         self.summed = self._came()
         return self.summed
-
-    def gone(self) -> bool:
-        """Whether all has come and gone."""
-        return self.summed and all(some.done() for some in self.under_way)
 
     def _packed(self) -> list[Message]:
         if self._encoding == RAW:
@@ -101,7 +150,7 @@ class Piece:
         return [some._replace(array=packed) for some, packed in zip(self._sends, content, strict=True)]
 
     def _came(self) -> bool:
-        if not self.under_way[0].done():
+        if not all(some.done() for some in self._coming):
             return False
         if self._encoding != RAW:
             for wanted, some in zip(self._wanted, self._receives, strict=True):
@@ -143,6 +192,7 @@ class Traffic:
         ]
         # Backward begins at the end.
         self.pieces.sort(key=lambda piece: -piece.start)
+        self._departures = Departures(communicator)
         self.is_open = False
         self._final = False
         self._thread: threading.Thread | None = None
@@ -182,13 +232,13 @@ class Traffic:
         moved = False
         for piece in self.pieces:
             known = lowest == ALL or lowest <= piece.start < self._parameters
-            moved = piece.look(known, self._communicator) or moved
-        return moved
+            moved = piece.look(known, self._departures) or moved
+        return self._departures.look() or moved
 
     def closed(self) -> bool:
         """Whether all of the step's has come and gone; looks."""
         self.look()
-        if not all(piece.gone() for piece in self.pieces):
+        if not self._departures.gone() or not all(piece.summed for piece in self.pieces):
             return False
         self.is_open = False
         return True
@@ -196,9 +246,9 @@ class Traffic:
     def abandon(self) -> None:
         """After WorkerLost."""
         self.is_open = False
+        self._departures.abandon()
         for piece in self.pieces:
-            self._communicator.abandon(piece.under_way)
-            piece.under_way = []
+            piece.abandon(self._communicator)
 
     def _looking(self) -> None:
         try:

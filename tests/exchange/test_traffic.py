@@ -1,8 +1,12 @@
 import json
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
+from dptrain.exchange.communicator import Alone, Message, Posted
+from dptrain.exchange.traffic import AT_ONCE, Departures
 from tests.mpirun import ranks
 
 Results = list[dict[str, Any]]
@@ -39,3 +43,60 @@ def test_nobody_waits_for_parts_of_one_that_fails(results: Results) -> None:
     assert len(some) == 6
     for result in some:
         assert "rank 2 at step 4" in result["error"], result
+
+
+class Slow(Alone):
+    """Nothing that it is given is done before it is told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.under_way: list[Message] = []
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message], phase: str) -> Posted:
+        (message,) = sends
+        self.under_way.append(message)
+        slow = self
+
+        class Sent:
+            def wait(self) -> None:
+                raise AssertionError
+
+            def done(self) -> bool:
+                return message not in slow.under_way
+
+        return Sent()
+
+    def arrive(self) -> list[tuple[int, int]]:
+        """The oldest message to each peer, as (peer, tag)."""
+        oldest = {message.peer: message for message in reversed(self.under_way)}
+        self.under_way = [message for message in self.under_way if oldest[message.peer] is not message]
+        return sorted((message.peer, message.tag) for message in oldest.values())
+
+
+def messages(peers: Sequence[int], tag: int) -> list[Message]:
+    return [Message(peer, np.zeros(1), tag) for peer in peers]
+
+
+def test_few_are_under_way_to_a_peer_and_partials_go_first() -> None:
+    slow = Slow()
+    departures = Departures(slow)
+    assert departures.gone()
+    departures.add(messages([1, 2], 0), sums=True)
+    assert departures.look()
+    for tag in range(1, AT_ONCE + 1):
+        departures.add(messages([1, 2], tag), sums=True)
+        departures.add(messages([1], 100 + tag), sums=False)
+        departures.look()
+    assert not departures.look()
+    assert [sum(message.peer == peer for message in slow.under_way) for peer in (1, 2)] == [AT_ONCE, AT_ONCE]
+    came = []
+    while not departures.gone():
+        came += slow.arrive()
+        departures.look()
+    assert [tag for peer, tag in came if peer == 2] == list(range(AT_ONCE + 1))
+    # Those that went before there were others are sums, then partials overtook what still waited.
+    tags = [tag for peer, tag in came if peer == 1]
+    assert len(tags) == 2 * AT_ONCE + 1
+    waited = tags[AT_ONCE:]
+    assert waited == sorted(waited, key=lambda tag: (tag < 100, tag))
+    assert waited[0] > 100
