@@ -153,7 +153,8 @@ class Intake:
                 del box.sums[spot]
             return pb.OUTCOME_DAMAGED, _DAMAGED
         # A sum of squares is quicker, and may be infinite though all are finite.
-        finite = bool(np.isfinite(np.dot(some, some)) or np.isfinite(some).all())
+        with np.errstate(over="ignore"):
+            finite = bool(np.isfinite(np.dot(some, some)) or np.isfinite(some).all())
         with self._lock:
             box.finite = box.finite and finite
             box.missing -= 1

@@ -404,12 +404,14 @@ def add(
     """Elements start to stop of these additions, stretch by stretch, which stay in a core's cache."""
     gradients, parameters = accumulator.gradients, accumulator.model.layout.parameters
     pairs = [(boxes[left[0]][left[1]], boxes[right[0]][right[1]]) for left, right in adds]
-    for at in range(start, stop, STRETCH):
-        end = min(stop, at + STRETCH)
-        for into, other in pairs:
-            np.add(into[at:end], other[at:end], out=into[at:end])
-            if gradients.rounds and at < parameters:
-                gradients.round(into[at : min(end, parameters)])
+    # What is not finite the server sees.
+    with np.errstate(all="ignore"):
+        for at in range(start, stop, STRETCH):
+            end = min(stop, at + STRETCH)
+            for into, other in pairs:
+                np.add(into[at:end], other[at:end], out=into[at:end])
+                if gradients.rounds and at < parameters:
+                    gradients.round(into[at : min(end, parameters)])
 
 
 def told(error: DptrainError) -> dict[str, str]:

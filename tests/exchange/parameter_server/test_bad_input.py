@@ -1,5 +1,6 @@
 """What a parameter server may be sent in the middle of a run. None of it ends the run or moves a bit."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from dptrain.exchange.parameter_server.hub import Hub, Part
 from dptrain.exchange.parameter_server.outlet import Outlet
 from dptrain.exchange.parameter_server.service import METHODS, SERVICE
 from dptrain.job.load import check, complete
+from dptrain.job.spec import Job
 from dptrain.nn.accumulate import Partials
 from dptrain.training import run
 from dptrain.v1 import parameter_server_pb2 as pb
@@ -347,3 +349,43 @@ def test_no_method_without_a_token_for_it(method: str, tmp_path: Path) -> None:
         "wrong": grpc.StatusCode.UNAUTHENTICATED,
         "read": grpc.StatusCode.PERMISSION_DENIED,
     }
+
+
+def overflowing(folder: Path, **train: object) -> Job:
+    """The gradient of two rows of every other batch is finite, and that of both isn't; their losses are."""
+    random = np.random.default_rng(5)
+    x = random.standard_normal((40, 6)).astype(np.float32)
+    x[[3, 12], 0] = 3e38
+    y = random.integers(0, 3, 40)
+    y[[3, 12]] = 2
+    np.savez(folder / "rows.npz", x=x, y=y)
+    content = {
+        "seed": 1,
+        "data": {"source": str(folder / "rows.npz"), "validation": 0.0, "test": 0.0, "shuffle": False},
+        "model": {"layers": [{"type": "linear", "units": 3}]},
+        "train": {"steps": 6, "batch_size": 20, "shards": 20, "evaluate_steps": 0, "result": "last", **train},
+    }
+    return complete(check(content, ""))
+
+
+@pytest.mark.parametrize(("workers", "processes"), [(3, 1), (1, 1), (1, 3)])
+def test_a_sum_that_overflows_moves_no_bit_whoever_adds_it_up(workers: int, processes: int, tmp_path: Path) -> None:
+    it = overflowing(tmp_path, non_finite="skip")
+    alone = run(it, run_dir=tmp_path / "solo")
+    lines = [json.loads(line) for line in (tmp_path / "solo" / "journal.jsonl").read_text().splitlines()]
+    assert sum(line.get("skipped", 0) for line in lines) == 3
+    cluster = Cluster(it, tmp_path)
+
+    def ready() -> None:
+        for _ in range(workers):
+            cluster.worker(processes=processes)
+
+    assert cluster.train(ready=ready).weights_sha256 == alone.weights_sha256
+    assert cluster.codes == [0] * workers
+
+
+def test_a_sum_that_overflows_ends_a_run_and_its_workers(tmp_path: Path) -> None:
+    cluster = Cluster(overflowing(tmp_path), tmp_path)
+    with pytest.raises(NonFiniteError):
+        cluster.train(2)
+    assert cluster.codes == [NonFiniteError.exit_code] * 2
