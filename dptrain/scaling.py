@@ -20,7 +20,7 @@ from dptrain.data.prepare import prepare
 from dptrain.errors import UsageError
 from dptrain.exchange.mpi import FEW, OVER_TCP
 from dptrain.exchange.segments import Machines
-from dptrain.exchange.traffic import LOOK, PIECE
+from dptrain.exchange.traffic import LOOK, length
 from dptrain.job.spec import Job
 from dptrain.layout import BLOCK, segments
 from dptrain.membership import Membership
@@ -35,6 +35,9 @@ GOODPUT = 0.95
 
 MESSAGE = 25e-6
 """Seconds that a worker needs to send a message, or to take one in, beside its bytes."""
+
+ALIKE = 1.01
+"""Steps that take less than so many times another are told apart by what a machine sends."""
 
 NOTE = 5e-6
 """Seconds for one of the few hundred bytes of a verdict."""
@@ -118,7 +121,7 @@ class Vector:
         """(owner, start, stop), from the end to the beginning, which is backward's order."""
         cuts = list(enumerate(segments(self.elements, coordinators)))
         for owner, (lo, hi) in reversed(cuts):
-            for start, stop in reversed(stretches(lo, hi, self.parameters, PIECE)):
+            for start, stop in reversed(stretches(lo, hi, self.parameters, length(hi - lo))):
                 yield owner, start, stop
 
     def nbytes(self, start: int, stop: int) -> int:
@@ -284,7 +287,8 @@ def predict(
         for size in sizes(job, a.shards, machines, workers, rows):
             own = own_of(size)
             steps = {count: simulate(size, vector, link, own, count, cores) for count in _candidates(size, vector)}
-            best = min(steps, key=lambda count: steps[count].seconds)
+            quickest = min(step.seconds for step in steps.values())
+            best = min((count for count in steps if steps[count].seconds < ALIKE * quickest), key=lambda c: steps[c].sent)
             seconds = steps[best].seconds
             rate = _samples(size, job, rows) / seconds
             lost = size.machines / (3600 * hours) * (RESTART + job.output.checkpoint_seconds / 2)

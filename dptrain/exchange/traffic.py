@@ -19,13 +19,13 @@ import numpy as np
 from dptrain.exchange.communicator import Communicator, Message, Posted
 from dptrain.layout import BLOCK, Array
 from dptrain.packing import RAW, SPARSE, pack, unpack
-from dptrain.state import Segment
+from dptrain.state import STRETCH, Segment
 
 LOOK = 0.0003
 """Seconds between looks during backward: a link of 1 Gbit/s carries 37 kB in them, and more than that is queued."""
 
-PIECE = 2 * BLOCK
-"""Elements: a sum can leave when all of its piece has come, and each piece costs a look and a few messages."""
+_PIECES, _SMALLEST = 16, 2 * BLOCK
+"""The pieces that a segment is cut into, and the elements that each has at least."""
 
 AT_ONCE = 3
 """Messages that are under way to a peer: one travels while the next ones are agreed on."""
@@ -36,6 +36,15 @@ _FIRST_TAG = 1 << 16
 
 ALL = -1
 """In place of the lowest parameter that is final: buffers are, too."""
+
+
+def length(segment: int) -> int:
+    """The elements of a piece of a segment of so many.
+
+    A sum can leave when all of its piece has come, but each costs a look and a few messages.
+    """
+    blocks = -(-segment // (_PIECES * BLOCK))
+    return min(STRETCH, max(_SMALLEST, blocks * BLOCK))
 
 
 class Way(NamedTuple):
