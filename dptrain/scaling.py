@@ -288,7 +288,8 @@ def predict(
             own = own_of(size)
             steps = {count: simulate(size, vector, link, own, count, cores) for count in _candidates(size, vector)}
             quickest = min(step.seconds for step in steps.values())
-            best = min((count for count in steps if steps[count].seconds < ALIKE * quickest), key=lambda c: steps[c].sent)
+            alike = [count for count, step in steps.items() if step.seconds < ALIKE * quickest]
+            best = min(alike, key=lambda count: steps[count].sent)
             seconds = steps[best].seconds
             rate = _samples(size, job, rows) / seconds
             lost = size.machines / (3600 * hours) * (RESTART + job.output.checkpoint_seconds / 2)
