@@ -120,7 +120,7 @@ class TopK(Gradients):
         v = tensor.reshape(-1)
         if old is not None:
             np.add(v, old, out=v)
-        if not (np.isfinite(np.dot(v, v)) or np.isfinite(v).all()):
+        if not finite(v):
             # Kept back it would be hidden; added, the verdict on the step tells of it, and no residual is committed.
             return
         rest = self._rest(v)
@@ -178,3 +178,9 @@ def sample(gradients: Gradients, vectors: Array) -> bytes:
     np.add(left, right, out=left)
     own.round(left)
     return left.tobytes() + kept.tobytes()
+
+
+def finite(vector: Array) -> bool:
+    """Whether all elements are finite."""
+    # The product is much quicker than a look at every element, but overflows where all are finite.
+    return bool(np.isfinite(np.dot(vector, vector)) or np.isfinite(vector).all())

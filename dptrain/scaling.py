@@ -8,7 +8,7 @@ message at a time each way, in the order in which messages are ready; machines a
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +20,7 @@ from dptrain.data.prepare import prepare
 from dptrain.errors import UsageError
 from dptrain.exchange.mpi import FEW, OVER_TCP
 from dptrain.exchange.segments import Machines
-from dptrain.exchange.traffic import LOOK, length
+from dptrain.exchange.traffic import LOOK, piece_length
 from dptrain.job.spec import Job
 from dptrain.layout import BLOCK, segments
 from dptrain.membership import Membership
@@ -121,7 +121,7 @@ class Vector:
         """(owner, start, stop), from the end to the beginning, which is backward's order."""
         cuts = list(enumerate(segments(self.elements, coordinators)))
         for owner, (lo, hi) in reversed(cuts):
-            for start, stop in reversed(stretches(lo, hi, self.parameters, length(hi - lo))):
+            for start, stop in reversed(stretches(lo, hi, self.parameters, piece_length(hi - lo))):
                 yield owner, start, stop
 
     def nbytes(self, start: int, stop: int) -> int:
@@ -287,9 +287,7 @@ def predict(
         for size in sizes(job, a.shards, machines, workers, rows):
             own = own_of(size)
             steps = {count: simulate(size, vector, link, own, count, cores) for count in _candidates(size, vector)}
-            quickest = min(step.seconds for step in steps.values())
-            alike = [count for count, step in steps.items() if step.seconds < ALIKE * quickest]
-            best = min(alike, key=lambda count: steps[count].sent)
+            best = best_of(steps)
             seconds = steps[best].seconds
             rate = _samples(size, job, rows) / seconds
             lost = size.machines / (3600 * hours) * (RESTART + job.output.checkpoint_seconds / 2)
@@ -342,6 +340,13 @@ def _slowed(own: Measured, times: float) -> Measured:
     """Workers that have to take turns with their shards."""
     final = tuple((lowest, at * times) for lowest, at in own.final)
     return replace(own, compute=own.compute * times, final=final)
+
+
+def best_of(steps: Mapping[int, Step]) -> int:
+    """The number of coordinators, of those whose steps are the quickest or as quick, with which machines send least."""
+    quickest = min(step.seconds for step in steps.values())
+    alike = [count for count, step in steps.items() if step.seconds < ALIKE * quickest]
+    return min(alike, key=lambda count: steps[count].sent)
 
 
 def _samples(size: Size, job: Job, rows: int) -> int:

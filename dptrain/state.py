@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dptrain.gradients import Gradients
+from dptrain.gradients import Gradients, finite
 from dptrain.layout import BLOCK, Array, Layout
 from dptrain.optim import Optimizer, Schedule
 
@@ -109,6 +109,10 @@ Pair = tuple[Array, Array]
 """An addition in place: the second into the first."""
 
 
+STRETCH = 4 * BLOCK
+"""Elements that all passes go over before the next ones: they stay in a core's cache, and few calls are needed."""
+
+
 class Update:
     """The way from gradient sums to the next state. ``clip_norm`` 0 means no clipping.
 
@@ -135,14 +139,14 @@ class Update:
         return -(-self.layout.size // BLOCK)
 
     def segment(
-        self, store: Store, lo: int, hi: int, total: Array, pairs: Sequence[Pair] = (), *, stretch: int | None = None
+        self, store: Store, lo: int, hi: int, total: Array, pairs: Sequence[Pair] = (), *, stretch: int = STRETCH
     ) -> "Segment":
         """Elements lo to hi of the vector; lo is a multiple of BLOCK, and so is hi unless it is the end.
 
         ``total`` (hi - lo,) holds their gradient sum as soon as ``pairs``, of the same length, are added in order. A
-        ``stretch`` has so many elements, a multiple of BLOCK and at most STRETCH (None).
+        ``stretch`` has so many elements, a multiple of BLOCK and at most STRETCH.
         """
-        return Segment(self, store, lo, hi, total, pairs, stretch or STRETCH)
+        return Segment(self, store, lo, hi, total, pairs, stretch)
 
 
 class Side(NamedTuple):
@@ -154,11 +158,7 @@ class Side(NamedTuple):
     new: tuple[Array, ...]
 
 
-STRETCH = 4 * BLOCK
-"""Elements that all passes go over before the next ones: they stay in a core's cache, and few calls are needed."""
-
-
-def stretches(lo: int, hi: int, parameters: int, length: int = STRETCH) -> list[tuple[int, int]]:
+def stretches(lo: int, hi: int, parameters: int, length: int) -> list[tuple[int, int]]:
     """The stretches of elements lo to hi, each of parameters alone, or of the buffers behind them."""
     cuts = sorted({*range(lo, hi, length), min(max(lo, parameters), hi), hi})
     return list(pairwise(cuts))
@@ -289,9 +289,3 @@ def _between(store: Store, side: int, part: slice, slots: bool) -> Side:
         store.weights(1 - side)[part],
         tuple(slot[part] for slot in store.slots(1 - side)) if slots else (),
     )
-
-
-def finite(vector: Array) -> bool:
-    """Whether all elements are finite."""
-    # The product is much quicker than a look at every element, but overflows where all are finite.
-    return bool(np.isfinite(np.dot(vector, vector)) or np.isfinite(vector).all())

@@ -21,7 +21,7 @@ from dptrain.membership import Membership
 from dptrain.moving import Cores, seconds_a_byte
 from dptrain.optim import make_optimizer, make_schedule
 from dptrain.plan import Measured
-from dptrain.scaling import GOODPUT, Link, Size, Vector, byte_of, predict, simulate, sizes
+from dptrain.scaling import GOODPUT, Link, Size, Step, Vector, best_of, byte_of, predict, simulate, sizes
 from dptrain.state import STRETCH, Update
 from tests.mpirun import dptrain, run
 
@@ -240,3 +240,9 @@ assert PORTABLE.items() <= os.environ.items()
     environ = {name: value for name, value in os.environ.items() if name not in PORTABLE}
     done = run([sys.executable, "-P", "-c", code], environ, 120, ".")
     assert done.returncode == 0, done.stderr
+
+
+def test_of_numbers_that_take_as_long_that_which_sends_least_is_best() -> None:
+    steps = {1: Step(1.0, 300.0), 4: Step(1.005, 100.0), 16: Step(1.02, 50.0)}
+    assert best_of(steps) == 4
+    assert best_of({1: steps[1], 16: steps[16]}) == 1

@@ -22,14 +22,14 @@ import numpy.typing as npt
 from dptrain.errors import PeerFailed, WorkerLost
 from dptrain.exchange.communicator import Communicator
 from dptrain.exchange.protocol import Exchange
-from dptrain.exchange.traffic import ALL, Range, Traffic, Way, length
+from dptrain.exchange.traffic import ALL, Range, Traffic, Way, piece_length
 from dptrain.exchange.verdict import Report, Verdict
 from dptrain.layout import BLOCK, Array, Layout, segments
 from dptrain.membership import Membership
 from dptrain.nn.accumulate import Partials
 from dptrain.packing import encoding_of
 from dptrain.phases import Phase
-from dptrain.state import Pair, Segment, State, Store, Update
+from dptrain.state import STRETCH, Pair, Segment, State, Store, Update
 from dptrain.tree import Add, Node, merged
 
 _ALIGNED = 64
@@ -195,7 +195,8 @@ class Segments(Exchange):
                 receives.append(Way(machines.carrier(machine, rank), values[root]))
         _, plan = merged(values, self._goal)
         pairs, total = in_place(values, plan, self._goal)
-        segment = self.update.segment(self.store, lo, hi, total, pairs, stretch=length(hi - lo) if away else None)
+        stretch = piece_length(hi - lo) if away else STRETCH
+        segment = self.update.segment(self.store, lo, hi, total, pairs, stretch=stretch)
         return Range(lo, True, segment, [Way(machines.carrier(machine, rank), total) for machine in away], receives)
 
     def _carried(self, owner: int, lo: int, hi: int) -> Range:
@@ -205,7 +206,7 @@ class Segments(Exchange):
         pairs, _ = in_place(values, plan, None)
         # What was sent has left its place before a sum comes, and nobody else touches this range of the outbox.
         total = self.outbox[0, lo:hi]
-        segment = self.update.segment(self.store, lo, hi, total, pairs, stretch=length(hi - lo))
+        segment = self.update.segment(self.store, lo, hi, total, pairs, stretch=piece_length(hi - lo))
         return Range(lo, False, segment, [Way(owner, values[root]) for root in roots], [Way(owner, total)])
 
     def squares_of_workers(self) -> Sequence[int]:

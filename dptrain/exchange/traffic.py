@@ -38,7 +38,7 @@ ALL = -1
 """In place of the lowest parameter that is final: buffers are, too."""
 
 
-def length(segment: int) -> int:
+def piece_length(segment: int) -> int:
     """The elements of a piece of a segment of so many.
 
     A sum can leave when all of its piece has come, but each costs a look and a few messages.
@@ -107,7 +107,7 @@ class Departures:
 
 
 class Piece:
-    """A stretch of a segment: ``added`` as soon as what goes has gone, ``summed`` when its finished sum is here."""
+    """A stretch of a segment: ``added`` as soon as what goes may leave, ``summed`` when its finished sum is here."""
 
     def __init__(self, of: Range, number: int, encoding: str, messages: int) -> None:
         self.owned, self.segment, self.number = of.owned, of.segment, number
@@ -159,7 +159,7 @@ class Piece:
         return [some._replace(array=packed) for some, packed in zip(self._sends, content, strict=True)]
 
     def _came(self) -> bool:
-        if not all(some.done() for some in self._coming):
+        if not self._coming[0].done():
             return False
         if self._encoding != RAW:
             for wanted, some in zip(self._wanted, self._receives, strict=True):

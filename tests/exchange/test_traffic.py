@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dptrain.exchange.communicator import Alone, Message, Posted
-from dptrain.exchange.traffic import AT_ONCE, Departures, length
+from dptrain.exchange.traffic import AT_ONCE, Departures, piece_length
 from dptrain.layout import BLOCK
 from tests.mpirun import ranks
 
@@ -105,5 +105,5 @@ def test_few_are_under_way_to_a_peer_and_partials_go_first() -> None:
 
 def test_small_segments_are_cut_into_small_pieces() -> None:
     elements = [1, 10 * BLOCK, 32 * BLOCK, 33 * BLOCK, 48 * BLOCK + 1, 1000 * BLOCK]
-    assert [length(some) // BLOCK for some in elements] == [2, 2, 2, 3, 4, 4]
-    assert all(length(some) % BLOCK == 0 for some in elements)
+    assert [piece_length(some) // BLOCK for some in elements] == [2, 2, 2, 3, 4, 4]
+    assert all(piece_length(some) % BLOCK == 0 for some in elements)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.exchange.parameter_server.codec import Piece, Written, checksum, cuts, elements, fits, looked_at
+from dptrain.gradients import finite
 from dptrain.layout import Array
 from dptrain.tree import Node
 from dptrain.v1 import parameter_server_pb2 as pb
@@ -152,11 +153,10 @@ class Intake:
             with self._lock:
                 del box.sums[spot]
             return pb.OUTCOME_DAMAGED, _DAMAGED
-        # A sum of squares is quicker, and may be infinite though all are finite.
         with np.errstate(over="ignore"):
-            finite = bool(np.isfinite(np.dot(some, some)) or np.isfinite(some).all())
+            sound = finite(some)
         with self._lock:
-            box.finite = box.finite and finite
+            box.finite = box.finite and sound
             box.missing -= 1
             return (pb.OUTCOME_UNSPECIFIED if box.missing else pb.OUTCOME_COMPLETE), ""
 
