@@ -71,6 +71,7 @@ class Joined:
     def progressed(self, line: dict[str, object]) -> None:
         if line["step"] in self.steps:
             self.cluster.worker()
+            self.cluster.joined(2 + self.steps.index(line["step"]))
 
     def warned(self, text: str) -> None: ...
 

@@ -60,6 +60,7 @@ def test_workers_that_join_get_shards_at_the_next_step(solo: str, tmp_path: Path
         def progressed(self, line: dict[str, object]) -> None:
             if line["step"] == 2:
                 cluster.worker()
+                cluster.joined(2)
 
         def warned(self, text: str) -> None: ...
 

@@ -4,19 +4,16 @@ Where workers of MPI come in groups and machines, here some have several process
 """
 
 import json
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dptrain.exchange.parameter_server.hub import Hub, Member
 from dptrain.job.spec import Job
 from dptrain.result import Result
 from dptrain.training import run
-from dptrain.v1 import parameter_server_pb2 as pb
 from tests.exchange.jobs import DECLARED, JOBS, SHARDS, job
 from tests.exchange.parameter_server.running import Cluster
 
@@ -85,38 +82,6 @@ def was_shared(result: Result, shards: int, workers: int) -> None:
     assert [count == 0 for count in computed] == [number >= owners for number in range(workers)]
 
 
-class All:
-    """An observer that lets training begin when so many workers have come."""
-
-    def __init__(self, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._there = threading.Semaphore(0)
-        self._workers = workers
-        tasks = Hub.tasks
-
-        def noted(hub: Hub, member: Member) -> Iterator[pb.WorkResponse]:
-            found = tasks(hub, member)
-            with hub.changed:
-                member.working = True
-            self._there.release()
-            return found
-
-        monkeypatch.setattr(Hub, "tasks", noted)
-
-    def started(self, info: object) -> None:
-        for _ in range(self._workers):
-            assert self._there.acquire(timeout=60)
-
-    def progressed(self, line: object) -> None: ...
-
-    def warned(self, text: str) -> None: ...
-
-    def recovered(self, recovery: object) -> None: ...
-
-    def finished(self, result: object) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def left_only_a_run(folder: Path) -> None:
     left = sorted(path.name for path in folder.iterdir())
     assert [name for name in left if not name.startswith("events.out.tfevents.")] == [
@@ -130,11 +95,9 @@ def left_only_a_run(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "workers"), crossed(SIZES))
-def test_every_number_of_workers_gives_the_bits_of_solo(
-    number: int, workers: int, solo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_number_of_workers_gives_the_bits_of_solo(number: int, workers: int, solo: Any, tmp_path: Path) -> None:
     cluster = Cluster(of(CASES[number]), tmp_path)
-    result = cluster.train(workers, observer=All(workers, monkeypatch))
+    result = cluster.train(workers)
     same(result, solo(number))
     assert cluster.codes == [0] * workers
     was_shared(result, CASES[number][1], workers)
@@ -143,7 +106,7 @@ def test_every_number_of_workers_gives_the_bits_of_solo(
 
 @pytest.mark.parametrize(("number", "crew"), crossed(SERVERS))
 def test_several_servers_and_processes_give_the_bits_of_solo(
-    number: int, crew: tuple[int, bool, tuple[int, ...]], solo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, crew: tuple[int, bool, tuple[int, ...]], solo: Any, tmp_path: Path
 ) -> None:
     servers, standby, processes = crew
     cluster = Cluster(of(CASES[number]), tmp_path, servers, standby=standby)
@@ -152,7 +115,7 @@ def test_several_servers_and_processes_give_the_bits_of_solo(
         for count in processes:
             cluster.worker(processes=count)
 
-    result = cluster.train(ready=ready, observer=All(len(processes), monkeypatch))
+    result = cluster.train(ready=ready)
     same(result, solo(number))
     for other in cluster.others:
         assert isinstance(other, Result), other
