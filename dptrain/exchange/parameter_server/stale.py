@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from dptrain.arrivals import Arrival, Part, share_of
 from dptrain.exchange.parameter_server import leases
-from dptrain.exchange.parameter_server.exchange import LOOK, Memory, ParameterServer, poison
+from dptrain.exchange.parameter_server.crew import LOOK, Memory, poison
+from dptrain.exchange.parameter_server.exchange import ParameterServer
 from dptrain.exchange.parameter_server.flights import Flight, Flights, Piece
 from dptrain.exchange.parameter_server.intake import Box
 from dptrain.exchange.parameter_server.leases import Lease, Range
@@ -150,13 +151,13 @@ class StaleParameterServer(ParameterServer):
         best, part = self._question
         ranges: list[Range] = []
         given = 0
-        self._rows = {}
+        self._crew.rows = {}
         self.phases.begin(Phase.WAITING, phase)
         self._alone_since = time.monotonic()
         with hub.changed:
             while True:
                 self._attend(step)
-                self._read(ranges, lambda some, found: found.size == (some.hi - some.lo) * width)
+                self._crew.read(ranges, lambda some, found: found.size == (some.hi - some.lo) * width)
                 if given == total and all(some.answer is not None for some in ranges):
                     break
                 working, orphans = hub.working(), leases.orphaned(ranges, hub.members)
@@ -179,7 +180,7 @@ class StaleParameterServer(ParameterServer):
                 self._wait()
             hub.over([lease.number for some in ranges for lease in some.leases])
         self.phases.begin(Phase.EVALUATION)
-        parts = [self._rows[some.answer.number].reshape(-1, width) for some in ranges if some.answer is not None]
+        parts = [self._crew.rows[some.answer.number].reshape(-1, width) for some in ranges if some.answer is not None]
         return np.concatenate(parts) if parts else rows
 
     def _free(self, working: Sequence[int]) -> list[int]:
@@ -188,7 +189,7 @@ class StaleParameterServer(ParameterServer):
 
     def _attend(self, step: int) -> None:
         """Take in what has come, and see who is gone."""
-        self._look_up()
+        self._crew.look_up()
         hub, flights = self.hub, self._under_way(step)
         for number, (piece, memory, box) in list(self._leased.items()):
             open_ = hub.open[number]
@@ -214,7 +215,7 @@ class StaleParameterServer(ParameterServer):
         if hub.members:
             self._alone_since = now
         elif now - self._alone_since > self.deadline:
-            raise self._deserted(step)
+            raise self._crew.deserted(step)
 
     def _bury(self, step: int, flights: Flights) -> None:
         """Let others do what the gone had to do. Raises PoisonError where two were lost at what others had been lost
@@ -222,7 +223,7 @@ class StaleParameterServer(ParameterServer):
         """
         gone, self.hub.losses = self.hub.losses, []
         for member, why in gone:
-            self._told(member, why, step)
+            self._forget(member)
             self._busy.pop(member.number, None)
             self._places.pop(member.number, None)
             theirs = [number for number, (_, memory, _) in self._leased.items() if memory[0] == member.number]
