@@ -16,6 +16,11 @@ from dptrain.layout import Array
 _CHUNK = 1 << 16
 """Elements that are rounded at once: they and their scratch stay in a core's cache."""
 
+_HALF, _LAST, _BELOW, _UPPER = (np.uint32(number) for number in (16, 1, 0x7FFF, 0xFFFF0000))
+"""Of a bfloat16 in a float32: its bits, its last place, less than half of that, and the mask. Python's own integers
+would be converted with every call.
+"""
+
 
 class Gradients:
     """One declared arithmetic; this one leaves all as it is. Not for two threads at a time: see ``apart``."""
@@ -78,11 +83,11 @@ class Rounded(Gradients):
         """bfloat16 is the upper half of float32: add half of its last place, less one where it is even, and cut."""
         nan = None if np.isfinite(np.dot(some, some)) else np.isnan(some)
         bits, odd = some.view(np.uint32), self._scratch[: len(some)]
-        np.right_shift(bits, 16, out=odd)
-        np.bitwise_and(odd, 1, out=odd)
-        np.add(odd, 0x7FFF, out=odd)
+        np.right_shift(bits, _HALF, out=odd)
+        np.bitwise_and(odd, _LAST, out=odd)
+        np.add(odd, _BELOW, out=odd)
         np.add(bits, odd, out=bits)
-        np.bitwise_and(bits, 0xFFFF0000, out=bits)
+        np.bitwise_and(bits, _UPPER, out=bits)
         if nan is not None:
             # The carry could have made anything of it.
             some[nan] = np.nan

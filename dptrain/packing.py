@@ -15,6 +15,9 @@ from dptrain.layout import Array
 RAW, BFLOAT16, FLOAT16, SPARSE = "raw", "bfloat16", "float16", "sparse"
 ENCODINGS = (RAW, BFLOAT16, FLOAT16, SPARSE)
 
+_HALF = np.uint32(16)
+"""Bits of a bfloat16, which is the upper half of a float32."""
+
 if sys.byteorder != "little":
     raise ImportError("dptrain needs a little-endian machine")
 
@@ -81,9 +84,7 @@ def unpack(content: Array, encoding: str, into: Array) -> None:
     if content.nbytes != wanted:
         raise ValueError(f"{content.nbytes} bytes, not {wanted}, for {len(into)} elements in {encoding}")
     if encoding == BFLOAT16:
-        halves = into.view(np.uint16)
-        halves[0::2] = 0
-        halves[1::2] = content.view(np.uint16)
+        np.left_shift(content.view(np.uint16), _HALF, out=into.view(np.uint32), dtype=np.uint32)
     elif encoding == FLOAT16:
         np.copyto(into, content.view(np.float16))
     else:
