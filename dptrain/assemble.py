@@ -68,7 +68,9 @@ class Assembly:
 
     def gradients(self) -> Gradients:
         """The declared arithmetic of gradients."""
-        return declared(self.job.arithmetic.gradients, self.job.arithmetic.top_k)
+        arithmetic = self.job.arithmetic
+        compiled = _compiles(self.job, self.model)
+        return declared(arithmetic.gradients, arithmetic.top_k, compiled=compiled)
 
     def evaluator(self) -> Evaluator:
         """A worker's evaluation."""
@@ -91,12 +93,17 @@ def assemble(job: Job, plan: dict[str, Any], own_model: Any = None) -> Assembly:
     loss = make_loss(job.loss, target.kind, target.classes, target.width)
     _check_outputs(job, dataset, outputs)
     sample = _sample(job, dataset.encoding, dtype)
-    compiled = worth_compiling(job.arithmetic.compiled, model.layout.parameters)
+    compiled = _compiles(job, model)
     if compiled:
         # Beside the source, numba's own choice, there may be no place to write to.
         os.environ.setdefault("NUMBA_CACHE_DIR", str(cache.locate() / "numba"))
     optimizer = make_optimizer(job.optimizer, compiled=compiled)
     return Assembly(job, dataset, model, own_digest, loss, optimizer, dtype, sample)
+
+
+def _compiles(job: Job, model: Model) -> bool:
+    """Whether what numba makes faster is compiled."""
+    return worth_compiling(job.arithmetic.compiled, model.layout.parameters)
 
 
 def build_model(

@@ -17,6 +17,7 @@ FLOORS = [
         "tree",
         "layout",
         "gradients",
+        "rounding",
         "packing",
         "arithmetic",
         "phases",

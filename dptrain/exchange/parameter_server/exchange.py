@@ -24,8 +24,8 @@ from dptrain.errors import (
 )
 from dptrain.exchange.communicator import Message
 from dptrain.exchange.parameter_server import lending
+from dptrain.exchange.parameter_server.assignment import Assignment, Memory, disturbed
 from dptrain.exchange.parameter_server.codec import Written
-from dptrain.exchange.parameter_server.crew import Crew, Memory, disturbed
 from dptrain.exchange.parameter_server.handover import Handover, residuals_lost
 from dptrain.exchange.parameter_server.hub import Member, Part
 from dptrain.exchange.parameter_server.intake import Box, Intake
@@ -75,7 +75,7 @@ class ParameterServer(Exchange):
         super().__init__(communicator, membership, update)
         self.hub, self._servers = communicator.hub, communicator
         self.lease_seconds, self.deadline, self.backup_workers = lease_seconds, deadline, backup_workers
-        self._crew = Crew(communicator, self._forget, lease_seconds, deadline)
+        self._assignment = Assignment(communicator, self._forget, lease_seconds, deadline)
         size = update.layout.size
         self.outbox = np.zeros((1, size), dtype)
         kept = membership.shards if update.gradients.feeds_back else 0
@@ -83,7 +83,9 @@ class ParameterServer(Exchange):
         vectors, self._lent = lending.rows(2, size, dtype)
         self.store = Store(update.layout, slots, dtype, kept, elsewhere=True, vectors=vectors)
         ledger = self.hub.residuals = Ledger(self.store.residuals(0)) if kept else None
-        self._handover = Handover(self.hub, self._crew, ledger, lease_seconds, deadline) if ledger is not None else None
+        self._handover: Handover | None = None
+        if ledger is not None:
+            self._handover = Handover(self.hub, self._assignment, ledger, lease_seconds, deadline)
         self._begun = False
         self._wanted_segments = servers
         self._goal = Node(0, membership.shards)
@@ -103,7 +105,7 @@ class ParameterServer(Exchange):
         written = Written(encoding_of(update.gradients.name), update.layout.parameters)
         self.intake = Intake(membership.rank, lo, hi, dtype, written)
         self._prepared: dict[tuple[tuple[int, int, int, int], ...], tuple[Segment, Array]] = {}
-        self._crew.renew(self.intake)
+        self._assignment.renew(self.intake)
         self._published: tuple[int, int] | None = None
         self._own: Segment | None = None
         self._total: Array = self.outbox[0]
@@ -322,7 +324,7 @@ class ParameterServer(Exchange):
 
         def ask(grants: Sequence[Grant]) -> None:
             for some, member in grants:
-                again = self._crew.lost_before((step, part), some)
+                again = self._assignment.lost_before((step, part), some)
                 lease = hub.lease(member, some.lo, some.hi, again=again)
                 some.leases.append(lease)
                 question = pb.Evaluate(
@@ -340,12 +342,12 @@ class ParameterServer(Exchange):
             return bool(found.size == (some.hi - some.lo) * width)
 
         self.phases.begin(Phase.WAITING, phase)
-        done = self._crew.answered((step, part), total, ask, fits, 0)
+        done = self._assignment.answered((step, part), total, ask, fits, 0)
         self.phases.begin(Phase.EVALUATION)
         parts = []
         for some in done:
             assert some.answer is not None
-            parts.append(self._crew.rows[some.answer.number].reshape(-1, width))
+            parts.append(self._assignment.rows[some.answer.number].reshape(-1, width))
         return np.concatenate(parts) if parts else rows
 
     def complete(self, state: State) -> bool:
@@ -368,7 +370,7 @@ class ParameterServer(Exchange):
             return
         found = self.complete(state) if self.leads else None
         if self._servers.disturbed:
-            self._crew.look_up()
+            self._assignment.look_up()
         if not self._servers.broadcast_json(found, "residuals"):
             self._retract()
             raise residuals_lost()
@@ -408,7 +410,7 @@ class ParameterServer(Exchange):
     def _computed(self, state: State) -> npt.NDArray[np.float64]:
         """The tallies of the whole step; all partials are here, and their sum is prepared."""
         hub, shards, handover = self.hub, self.membership.shards, self._handover
-        boxes = self._crew.boxes = {}
+        boxes = self._assignment.boxes = {}
         counts: dict[int, int] = {}
 
         def ask(grants: Sequence[Grant]) -> None:
@@ -416,7 +418,7 @@ class ParameterServer(Exchange):
                 grants = handover.to(grants)
             for some, member in grants:
                 count = counts[member] = counts.get(member, 0) + 1
-                again = self._crew.lost_before((state.step, ""), some)
+                again = self._assignment.lost_before((state.step, ""), some)
                 lease = hub.lease(member, some.lo, some.hi, count=count, again=again)
                 some.leases.append(lease)
                 nodes = subtrees(some.lo, some.hi, shards)
@@ -431,13 +433,13 @@ class ParameterServer(Exchange):
 
         self.phases.begin(Phase.WAITING, "partials")
         started = time.perf_counter()
-        done = self._crew.answered((state.step, ""), shards, ask, fits, self.backup_workers)
+        done = self._assignment.answered((state.step, ""), shards, ask, fits, self.backup_workers)
         self.waited += time.perf_counter() - started
         self.phases.begin(Phase.EXCHANGE)
         self._computed_by = [some.answer for some in done if some.answer is not None]
         chosen = [lease.number for lease in self._computed_by]
         self._chosen = [(lease, *boxes[lease][0]) for lease in chosen]
-        return self._finished([(*boxes[lease], self._crew.rows[lease]) for lease in chosen])
+        return self._finished([(*boxes[lease], self._assignment.rows[lease]) for lease in chosen])
 
     def _finished(self, chosen: Sequence[tuple[Memory, Box, npt.NDArray[np.float64]]]) -> npt.NDArray[np.float64]:
         """The tallies of a step that has come in these boxes, whose sum is prepared."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from dptrain.errors import DeadlineError, ResidualsLost
-from dptrain.exchange.parameter_server.crew import LOOK, Crew
+from dptrain.exchange.parameter_server.assignment import LOOK, Assignment
 from dptrain.exchange.parameter_server.hub import Hub
 from dptrain.exchange.parameter_server.leases import Grant, Lease
 from dptrain.exchange.parameter_server.residuals import Age, Ledger, parts
@@ -13,8 +13,8 @@ from dptrain.exchange.parameter_server.residuals import Age, Ledger, parts
 class Handover:
     """Of residuals of which the ``ledger`` knows where they are."""
 
-    def __init__(self, hub: Hub, crew: Crew, ledger: Ledger, lease_seconds: float, deadline: float) -> None:
-        self._hub, self._crew, self.ledger = hub, crew, ledger
+    def __init__(self, hub: Hub, assignment: Assignment, ledger: Ledger, lease_seconds: float, deadline: float) -> None:
+        self._hub, self._assignment, self.ledger = hub, assignment, ledger
         self._lease_seconds, self._deadline = lease_seconds, deadline
         self._patience = 0.0
         """Until then those that come back to another chief may have residuals that nobody else has."""
@@ -36,7 +36,7 @@ class Handover:
             self.ledger.committed(age, computed)
 
     def all_here(self, age: Age) -> None:
-        """Have those of all shards here. Raises ResidualsLost, or what `Crew.look_up` does."""
+        """Have those of all shards here. Raises ResidualsLost, or what `Assignment.look_up` does."""
         with self._hub.changed:
             self.ledger.at(age)
             self.bring(range(len(self.ledger.rows)))
@@ -88,7 +88,7 @@ class Handover:
                 ledger.rows[shard].fill(0)
             return
         while missing := [shard for shard in shards if not ledger.here(shard)]:
-            self._crew.look_up()
+            self._assignment.look_up()
             now, heard, claims = time.monotonic(), hub.heard(), hub.claims()
             asked = set()
             for shard in missing:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dptrain.arrivals import Arrival, Part, share_of
 from dptrain.exchange.parameter_server import leases
-from dptrain.exchange.parameter_server.crew import LOOK, Memory, poison
+from dptrain.exchange.parameter_server.assignment import LOOK, Memory, poison
 from dptrain.exchange.parameter_server.exchange import ParameterServer
 from dptrain.exchange.parameter_server.flights import Flight, Flights, Piece
 from dptrain.exchange.parameter_server.intake import Box
@@ -151,13 +151,13 @@ class StaleParameterServer(ParameterServer):
         best, part = self._question
         ranges: list[Range] = []
         given = 0
-        self._crew.rows = {}
+        self._assignment.rows = {}
         self.phases.begin(Phase.WAITING, phase)
         self._alone_since = time.monotonic()
         with hub.changed:
             while True:
                 self._attend(step)
-                self._crew.read(ranges, lambda some, found: found.size == (some.hi - some.lo) * width)
+                self._assignment.read(ranges, lambda some, found: found.size == (some.hi - some.lo) * width)
                 if given == total and all(some.answer is not None for some in ranges):
                     break
                 working, orphans = hub.working(), leases.orphaned(ranges, hub.members)
@@ -180,7 +180,9 @@ class StaleParameterServer(ParameterServer):
                 self._wait()
             hub.over([lease.number for some in ranges for lease in some.leases])
         self.phases.begin(Phase.EVALUATION)
-        parts = [self._crew.rows[some.answer.number].reshape(-1, width) for some in ranges if some.answer is not None]
+        parts = [
+            self._assignment.rows[some.answer.number].reshape(-1, width) for some in ranges if some.answer is not None
+        ]
         return np.concatenate(parts) if parts else rows
 
     def _free(self, working: Sequence[int]) -> list[int]:
@@ -189,7 +191,7 @@ class StaleParameterServer(ParameterServer):
 
     def _attend(self, step: int) -> None:
         """Take in what has come, and see who is gone."""
-        self._crew.look_up()
+        self._assignment.look_up()
         hub, flights = self.hub, self._under_way(step)
         for number, (piece, memory, box) in list(self._leased.items()):
             open_ = hub.open[number]
@@ -215,7 +217,7 @@ class StaleParameterServer(ParameterServer):
         if hub.members:
             self._alone_since = now
         elif now - self._alone_since > self.deadline:
-            raise self._crew.deserted(step)
+            raise self._assignment.deserted(step)
 
     def _bury(self, step: int, flights: Flights) -> None:
         """Let others do what the gone had to do. Raises PoisonError where two were lost at what others had been lost

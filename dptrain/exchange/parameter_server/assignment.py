@@ -1,4 +1,4 @@
-"""The workers of a parameter server, as its chief asks them: work is given out until every piece has an answer.
+"""What the chief of the parameter servers has the workers do: it is given out until every piece has an answer.
 
 Who is gone, or says nothing, is given up, and what it had to do goes to others; of answers that differ nobody's counts.
 """
@@ -33,9 +33,9 @@ LATE = 256
 """Leases that another's answer overtook, of which what still comes is compared; older ones are forgotten."""
 
 
-class Crew:
-    """Whoever takes part. ``lease_seconds`` without a sign of life end a lease; a run of which nobody takes part for
-    ``deadline`` seconds is over. ``lost`` is told of every worker that is.
+class Assignment:
+    """Of work to whoever takes part. ``lease_seconds`` without a sign of life end a lease; a run of which nobody takes
+    part for ``deadline`` seconds is over. ``lost`` is told of every worker that is.
     """
 
     def __init__(self, servers: Chief, lost: Callable[[Member], None], lease_seconds: float, deadline: float) -> None:
