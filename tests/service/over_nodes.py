@@ -27,6 +27,9 @@ from tests.faults.network import Cluster
 from tests.faults.oracle import Command, Surroundings
 from tests.service.jobs import JOB, solo_hash
 
+PATIENCE = 240.0
+"""Seconds after which what is waited for is taken not to come: far longer than it takes where much else runs."""
+
 DPTRAIN = [sys.executable, "-P", "-m", "dptrain"]
 STEPS = 2000
 QUIET = JOB.replace("steps = 30", f"steps = {STEPS}")
@@ -117,7 +120,7 @@ class Service:
         return any(line["state"] == "FAILED" for line in self.events("job"))
 
     def seen(self, name: str, times: int) -> None:
-        assert until(lambda: len(self.events(name)) >= times, 60, nap=0.05), self.server.err
+        assert until(lambda: len(self.events(name)) >= times, PATIENCE, nap=0.05), self.server.err
 
     def step(self, job: str) -> int:
         """How far a job is, by its journal."""
@@ -127,7 +130,7 @@ class Service:
         return max((line["step"] for line in whole if "step" in line and "event" not in line), default=0)
 
     def reaches(self, job: str, step: int) -> None:
-        assert until(lambda: self.step(job) >= step or self.failed, 90, nap=0.02), self.server.err
+        assert until(lambda: self.step(job) >= step or self.failed, PATIENCE, nap=0.02), self.server.err
         assert not self.failed, self.server.err
 
     def worker(self, rank: int, nodes: Sequence[int]) -> Cell:
@@ -139,7 +142,7 @@ class Service:
             found.update({cell[RANK]: cell for job in jobs if job is not None for cell in job.living})
             return rank in found
 
-        assert until(seen, 30, nap=0.02), self.server.err
+        assert until(seen, PATIENCE, nap=0.02), self.server.err
         return found[rank]
 
     def whole(self, job: str, last: int = STEPS) -> None:
@@ -165,7 +168,7 @@ class Service:
                 return False
             return bool(found["state"] == "done")
 
-        assert until(lambda: self.failed or done(), 90, nap=0.05), self.server.err
+        assert until(lambda: self.failed or done(), PATIENCE, nap=0.05), self.server.err
         assert not self.failed, self.server.err
         return found
 

@@ -19,7 +19,7 @@ PS = '\n[exchange]\ntype = "ps"\n'
 
 def until(client: Client, job: str, holds: Callable[[job_pb2.Job], bool]) -> job_pb2.Job:
     """The job as soon as that is so."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while not holds(found := client.job(job)):
         assert found.state not in (State.FAILED, State.SUCCEEDED, State.CANCELLED), found
         assert time.monotonic() < end, found
