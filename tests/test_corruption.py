@@ -245,7 +245,7 @@ def test_a_launch_of_ones_own_fails_and_says_who(tmp_path: Path) -> None:
     assert ended.code == 3, ended.said
     said = f"rank 1 ({os.uname().nodename}) at step 40: expected weights"
     assert said in " ".join(ended.err.split())
-    again = place.run([*PROGRAM, "run", "job.toml", "--run-dir", "run", "--resume"], 60)
+    again = place.run([*PROGRAM, "run", "job.toml", "--run-dir", "run", "--resume"], 240)
     assert again.code == 0, again.said
     assert result(place)["weights_sha256"] == truth()
     assert place.leftovers() == []

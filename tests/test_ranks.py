@@ -24,7 +24,7 @@ Seen = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     folder = tmp_path_factory.mktemp("ranks")
-    done = mpirun.ranks(3, "tests.ranks_suite", str(folder), timeout=150)
+    done = mpirun.ranks(3, "tests.ranks_suite", str(folder), timeout=240)
     assert done.returncode == 0, done.stderr
     found: Seen = json.loads((folder / "found.json").read_text())
     return found
@@ -155,7 +155,7 @@ def test_an_exception_in_one_rank_ends_the_launch_with_its_message_last(tmp_path
     step, shard = first_drawn(0.03)
     rank = next(rank for rank in range(3) if 5 * rank // 3 <= shard < 5 * (rank + 1) // 3)
     path = job_file(tmp_path, RAISING, train={"epochs": 400})
-    done = mpirun.dptrain("run", str(path), "--run-dir", str(tmp_path / "run"), n=3, timeout=60)
+    done = mpirun.dptrain("run", str(path), "--run-dir", str(tmp_path / "run"), n=3, timeout=240)
     assert done.returncode == 1, done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("dptrain: ") and "take turns" not in line]
     assert told == [
@@ -179,7 +179,7 @@ def test_an_exception_in_one_rank_ends_the_launch_with_its_message_last(tmp_path
 def test_a_worker_says_why_it_failed_though_those_who_heard_of_it_left_before(
     tmp_path: Path, case: str, code: int, told: str
 ) -> None:
-    done = mpirun.ranks(3, "tests.interrupted_suite", case, str(tmp_path / "run"), timeout=60)
+    done = mpirun.ranks(3, "tests.interrupted_suite", case, str(tmp_path / "run"), timeout=240)
     assert done.returncode == code, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("dptrain: ")]
     assert len(said) == 1, done.stderr

@@ -28,7 +28,7 @@ from dptrain.processes import children, pids
 from tests.cli.conftest import PROGRAM, environment
 
 MARK = "TEST_OF_SUPERVISION"
-PATIENCE = 60.0
+PATIENCE = 240.0
 
 MORTAL = {"DPTRAIN_FT": "off"}
 """Among workers that survive a death there would be nothing to do."""
@@ -540,18 +540,25 @@ LIVE = shlex.join(
 
 
 @pytest.mark.parametrize(
-    ("workers", "script", "stuck"),
+    ("workers", "grace", "script", "stuck"),
     [
-        (2, f"{BEGIN}; {LIVE}", "a worker ended before training, and the others waited"),
-        (2, f"(exit 1) & {LIVE}", "only 1 of 2 workers began, and waited for the others"),
-        (1, f"{BEGIN}; sleep 1000", "all workers had ended, and mpirun had not"),
-        (2, f"{{opened}}; {BEGIN}; {LIVE} & sleep 1.5; kill $!", ""),
+        # The second must begin within the grace.
+        (2, 5.0, f"{BEGIN}; {LIVE}", "a worker ended before training, and the others waited"),
+        (2, 0.5, f"(exit 1) & {LIVE}", "only 1 of 2 workers began, and waited for the others"),
+        (1, 0.5, f"{BEGIN}; sleep 1000", "all workers had ended, and mpirun had not"),
+        (2, 0.5, f"{{opened}}; {BEGIN}; {LIVE} & sleep 1.5; kill $!", ""),
     ],
 )
 def test_a_launcher_that_waits_for_nothing_is_ended(
-    short: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int, script: str, stuck: str
+    short: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    workers: int,
+    grace: float,
+    script: str,
+    stuck: str,
 ) -> None:
-    monkeypatch.setattr(launcher, "GRACE", 0.5)
+    monkeypatch.setattr(launcher, "GRACE", grace)
     monkeypatch.setattr(launcher, "_LOOK", 0.1)
     line = ["sh", "-c", script.replace("{opened}", opened(tmp_path, 0))]
     with Launcher(short.append) as starter:

@@ -98,7 +98,7 @@ def test_the_chief_dies_and_another_goes_on_with_journal_and_terminal(tmp_path: 
     phase = live.freeze(chief, Phase.UPDATE)
     step = chief[STEP]
     signalled(chief, signal.SIGKILL)
-    ended = place.ended(going, 90)
+    ended = place.ended(going, 240)
     assert ended.code == 0, ended.said
     found = result(place)
     assert found["weights_sha256"] == undisturbed(MLP.text).weights_sha256
@@ -128,7 +128,7 @@ def test_a_spare_takes_the_place_of_the_dead(tmp_path: Path) -> None:
     going, live = start(place, 4, text)
     pace(live, 50)
     signalled(live.cells[1], signal.SIGKILL)
-    ended = place.ended(going, 90)
+    ended = place.ended(going, 240)
     assert ended.code == 0, ended.said
     found = result(place)
     assert found["weights_sha256"] == undisturbed(text).weights_sha256
@@ -142,7 +142,7 @@ def test_a_shard_that_ends_every_worker_is_named(tmp_path: Path, workers: int) -
     place = Surroundings(tmp_path)
     (tmp_path / "poison.py").write_text(POISON.replace("ACTION", "os.kill(os.getpid(), signal.SIGKILL)"))
     (tmp_path / "job.toml").write_text(POISON_JOB)
-    ended = place.run([*PROGRAM, "run", "job.toml", "-n", str(workers), "--run-dir", "run"], 60)
+    ended = place.run([*PROGRAM, "run", "job.toml", "-n", str(workers), "--run-dir", "run"], 240)
     assert ended.code == 1, ended.said
     (said,) = [line for line in ended.err.splitlines() if "owned it one after the other" in line]
     assert "shard" in said
@@ -156,12 +156,12 @@ def test_who_is_stuck_is_ended_and_the_others_go_on(tmp_path: Path) -> None:
     action = "if not os.path.exists('hit'):\n                open('hit', 'w').close()\n                time.sleep(600)"
     (tmp_path / "poison.py").write_text("import time\n" + POISON.replace("ACTION", action))
     (tmp_path / "job.toml").write_text(POISON_JOB)
-    ended = place.run([*PROGRAM, "run", "job.toml", "-n", "3", "--run-dir", "run"], 60)
+    ended = place.run([*PROGRAM, "run", "job.toml", "-n", "3", "--run-dir", "run"], 240)
     assert ended.code == 0, ended.said
     assert re.search(r"rank \d at step \d+ in forward gave no sign of life for 5\.\d s: ended", ended.err)
     (recovery,) = result(place)["recoveries"]
     assert recovery["died"][0]["hung"]
-    alone = place.run([*PROGRAM, "run", "job.toml", "--run-dir", "alone"], 60)
+    alone = place.run([*PROGRAM, "run", "job.toml", "--run-dir", "alone"], 240)
     assert alone.code == 0, alone.said
     truth = json.loads((tmp_path / "alone" / "result.json").read_text())
     assert result(place)["weights_sha256"] == truth["weights_sha256"]
@@ -171,7 +171,7 @@ def test_an_exception_is_no_fault(tmp_path: Path) -> None:
     place = Surroundings(tmp_path)
     (tmp_path / "poison.py").write_text(POISON.replace("ACTION", "raise RuntimeError('no more')"))
     (tmp_path / "job.toml").write_text(POISON_JOB)
-    ended = place.run([*PROGRAM, "run", "job.toml", "-n", "3", "--run-dir", "run"], 60)
+    ended = place.run([*PROGRAM, "run", "job.toml", "-n", "3", "--run-dir", "run"], 240)
     assert ended.code == 1, ended.said
     assert "no more" in ended.err
     assert "died" not in ended.err
@@ -188,7 +188,7 @@ def test_an_exception_after_a_death_ends_all(tmp_path: Path) -> None:
         POISON.replace("ACTION", action) + "\ndef fail():\n    raise ValueError('later')\n"
     )
     (tmp_path / "job.toml").write_text(POISON_JOB)
-    ended = place.run([*PROGRAM, "run", "job.toml", "-n", "4", "--run-dir", "run"], 60)
+    ended = place.run([*PROGRAM, "run", "job.toml", "-n", "4", "--run-dir", "run"], 240)
     assert ended.code == 1, ended.said
     assert "later" in ended.err
     assert ended.err.count("died at step") == 1
@@ -207,7 +207,7 @@ def test_a_program_of_ones_own_survives_too(tmp_path: Path) -> None:
     going, live = launched(place, [*line[: line.index(sys.executable) + 1], "program.py"], environ)
     pace(live, 50)
     signalled(live.cells[2], signal.SIGKILL)
-    ended = place.ended(going, 90)
+    ended = place.ended(going, 240)
     assert ended.code == 0, ended.said
     hash_ = undisturbed(MLP.text).weights_sha256
     assert sorted(ended.out.splitlines()) == sorted([f"{hash_} 1 3"] * 2 + [f"{hash_} 0 2"] * 2)
@@ -219,7 +219,7 @@ def test_what_is_not_everybodys_is_not_survived_within_a_step(tmp_path: Path) ->
     going, live = start(place, 3, MLP.text + '\n[exchange]\ntype = "allreduce"\n')
     pace(live, 100)
     signalled(live.cells[1], signal.SIGKILL)
-    ended = place.ended(going, 90)
+    ended = place.ended(going, 240)
     assert ended.code == 0, ended.said
     assert result(place)["attempt"] == 2
     assert place.leftovers() == []
@@ -232,11 +232,11 @@ def test_an_interrupted_run_that_survived_says_how_to_resume(tmp_path: Path) -> 
     signalled(live.cells[0], signal.SIGKILL)
     pace(live, 50)
     going.process.send_signal(signal.SIGINT)
-    ended = place.ended(going, 60)
+    ended = place.ended(going, 240)
     assert ended.code == 0, ended.said
     assert result(place)["state"] == "stopped"
     assert "to resume:" in ended.out
-    again = place.run([*PROGRAM, "run", "job.toml", "--run-dir", "run", "--resume"], 90)
+    again = place.run([*PROGRAM, "run", "job.toml", "--run-dir", "run", "--resume"], 240)
     assert again.code == 0, again.said
     assert result(place)["weights_sha256"] == undisturbed(MLP.text).weights_sha256
 
@@ -248,7 +248,7 @@ def test_without_fault_tolerance_a_death_ends_the_launch(tmp_path: Path) -> None
     going, live = launched(place, line, environ)
     pace(live, 50)
     signalled(live.cells[2], signal.SIGKILL)
-    ended = place.ended(going, 60)
+    ended = place.ended(going, 240)
     assert ended.code not in (0, None)
     assert not (tmp_path / "run" / "result.json").exists()
 
@@ -269,7 +269,7 @@ def test_a_trace_goes_on_with_those_that_are_left(tmp_path: Path) -> None:
     going, live = start(place, 3, MLP.text, "--trace", "trace.json")
     pace(live, 100)
     signalled(live.cells[0], signal.SIGKILL)
-    ended = place.ended(going, 90)
+    ended = place.ended(going, 240)
     assert ended.code == 0, ended.said
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {event["tid"] for event in events if event["ph"] == "X"} == {1, 2}

@@ -40,7 +40,7 @@ def dptrain(tmp_path: Path, env: dict[str, str]) -> Program:
             env=env | extra,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             stdin=subprocess.DEVNULL,
         )
 

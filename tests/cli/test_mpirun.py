@@ -148,7 +148,7 @@ def test_a_request_to_stop_reaches_the_workers(dptrain: Program, tmp_path: Path,
                 break
         # As Ctrl-C in a terminal does.
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     told = re.search(r"stopped at step (\d+); to resume: dptrain run .* -n 2 --run-dir cut --resume\n", out)
     assert told, out

@@ -110,7 +110,7 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(dptrain: Run, tmp_path: Path,
         job = process.stdout.readline().strip()
         assert process.stdout.readline().startswith("name=tiny")
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=240)
     assert process.returncode == 130
     assert f"To come back: dptrain logs -f {job}" in said
     assert json.loads(dptrain("show", job, "-o", "json").stdout)["state"] == "JOB_STATE_RUNNING"

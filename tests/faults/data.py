@@ -17,7 +17,7 @@ from tests.faults.oracle import PROGRAM, Surroundings, Truth, judge, undisturbed
 
 KIND = "data"
 
-DEADLINE = 60.0
+DEADLINE = 240.0
 ROWS, COLUMNS, CLASSES = 1200, 20, 4
 STEPS = 400
 

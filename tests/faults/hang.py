@@ -59,7 +59,7 @@ def stop(folder: Path, *, seed: int, phase: Phase, pauses: bool) -> Outcome:
                 signalled(cell, signal.SIGCONT)
             elif struck != "over":
                 said = rf"rank {rank} at step \d+ in \w+ was stopped for [\d.]+ s: ended"
-    ended = place.ended(command, 90)
+    ended = place.ended(command, 240)
     if pauses and re.search("was stopped|no sign of life|died", ended.err):
         place.kill()
         return Outcome("wrong error", struck, note=f"a pause was taken for a hang\n{ended.said}")

@@ -67,7 +67,7 @@ def kill(folder: Path, *, seed: int, phase: Phase, how_many: str) -> Outcome:
         before = max((cell[STEP] for cell in live.cells), default=0)
         if until(lambda: live.step > before or not live.living, 10) and live.living:
             recovery = max(0.0, time.perf_counter() - died.at - usual)
-    ended = place.ended(command, 90)
+    ended = place.ended(command, 240)
     return judge(place, ended, folder / "run", truth, phase=struck, recovery_seconds=recovery)
 
 

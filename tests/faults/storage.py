@@ -29,7 +29,7 @@ from tests.faults.oracle import PROGRAM, Surroundings, judge, undisturbed
 KIND = "storage"
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-DEADLINE = 60.0
+DEADLINE = 240.0
 REFUSED = "expected to be written"
 PASSED_OVER = "passed over: checkpoint"
 
@@ -614,9 +614,10 @@ def slow_disk(folder: Path, seed: int) -> Outcome:
     by_time = ["--set", "output.checkpoint_steps=0", "--set", "output.checkpoint_seconds=0.02"]
     ended = run.place.run([sys.executable, "-P", "-c", SLOW, str(seconds), *run.line(*by_time)], DEADLINE)
     outcome = judge(run.place, ended, run.run_dir, undisturbed(run.job.text), phase="slow disk")
-    waited = sum(line["phases"].get("checkpoint", [0.0])[0] for line in read_steps(run.run_dir / rundir.JOURNAL))
+    lines = read_steps(run.run_dir / rundir.JOURNAL)
+    waited = max((line["phases"].get("checkpoint", [0.0])[0] for line in lines), default=0.0)
     if outcome.good and seconds > 0.1 and waited > seconds / 2:
-        return Outcome("wrong error", outcome.phase, note=f"steps waited {waited} s for a disk of {seconds} s a flush")
+        return Outcome("wrong error", outcome.phase, note=f"a step waited {waited} s for a disk of {seconds} s a flush")
     return outcome
 
 

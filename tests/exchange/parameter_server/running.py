@@ -54,7 +54,7 @@ class Cluster:
         """Return when so many have ever taken part."""
         assert self._hub is not None
         with self._hub.changed:
-            assert self._hub.changed.wait_for(lambda: self._came() >= workers, 60)
+            assert self._hub.changed.wait_for(lambda: self._came() >= workers, 240)
 
     def train(self, workers: int = 0, ready: Callable[[], None] = lambda: None, **options: Any) -> Result:
         def follow(number: int, address: str) -> None:
@@ -81,7 +81,7 @@ class Cluster:
                 return serve(self.job, self.address, ready=begin, run_dir=self.folder / "run", **place, **options)
         finally:
             for thread in self._threads:
-                thread.join(60)
+                thread.join(240)
             assert not any(thread.is_alive() for thread in self._threads)
             assert not list(self.folder.glob("*.sock"))
 
