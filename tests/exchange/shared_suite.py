@@ -1,6 +1,7 @@
 """Run under mpirun -n 4: ways of sharing memory that fail, and what memory a machine holds.
 
-``python -m tests.exchange.shared_suite FOLDER``; rank 0 writes what it found as JSON.
+``python -m tests.exchange.shared_suite FOLDER SHARED``; rank 0 writes what it found as JSON. Memory with a name is in
+SHARED.
 """
 
 import json
@@ -34,6 +35,7 @@ def out_of_reach(nbytes: int) -> Reserved:
 def attempt(world: Mpi, folder: Path, *ways: Any) -> dict[str, Any]:
     """What becomes of a run that can share memory in these ways only."""
     shared_memory.WAYS = ways
+    shared_memory.FOLDER = Path(sys.argv[2])
     before = set(shared_memory.FOLDER.glob("dptrain-*"))
     try:
         result = run(job("mlp", 8), communicator=world, run_dir=folder)

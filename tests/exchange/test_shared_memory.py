@@ -1,6 +1,7 @@
 """Memory that workers share: found by others, left behind by nobody, refused with the cure."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -8,11 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dptrain import supervision
 from dptrain.errors import LaunchError
 from dptrain.exchange import shared_memory
 from dptrain.exchange.segments import Machines, Memory
@@ -32,6 +35,22 @@ memory[7] = 42
 @pytest.fixture(params=[nameless, in_dev_shm])
 def way(request: pytest.FixtureRequest) -> Any:
     return request.param
+
+
+@contextmanager
+def folder_of_ones_own() -> Iterator[Path]:
+    """In /dev/shm, where other tests make and remove what they need meanwhile."""
+    with TemporaryDirectory(prefix="dptrain-test-", dir=shared_memory.FOLDER) as folder:
+        # So that no other test takes it for left behind.
+        (Path(folder) / supervision.SUPERVISOR).write_text(str(os.getpid()))
+        yield Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with folder_of_ones_own() as folder:
+        monkeypatch.setattr(shared_memory, "FOLDER", folder)
+        yield
 
 
 def names() -> set[Path]:
@@ -103,7 +122,8 @@ def test_a_machine_without_dev_shm_is_told(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("shared")
-    done = ranks(4, "tests.exchange.shared_suite", str(folder))
+    with folder_of_ones_own() as shared:
+        done = ranks(4, "tests.exchange.shared_suite", str(folder), str(shared))
     assert done.returncode == 0, done.stderr
     content: dict[str, Any] = json.loads((folder / "shared.json").read_text())
     return content
@@ -152,15 +172,16 @@ def test_lanes() -> None:
 
 
 KILLED = """
-import os, signal
-from dptrain.exchange.shared_memory import nameless
-nameless(1 << 20)
+import os, pathlib, signal, sys
+from dptrain.exchange import shared_memory
+shared_memory.FOLDER = pathlib.Path(sys.argv[1])
+shared_memory.nameless(1 << 20)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_a_worker_that_is_killed_before_it_released_leaves_no_name() -> None:
     before = names()
-    done = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(shared_memory.FOLDER)], cwd=ROOT, timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
     assert names() == before
