@@ -34,10 +34,12 @@ def test_float16_stays_numpy_s() -> None:
 
 
 def test_a_whole_run_has_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dptrain import rounding
+
     monkeypatch.setattr("dptrain.optim.optimizer.COMPILED_FROM", 1)
     rounded: list[int] = []
-    to_bfloat16 = pytest.importorskip("dptrain.rounding").to_bfloat16
-    monkeypatch.setattr("dptrain.rounding.to_bfloat16", lambda some: rounded.append(len(some)) or to_bfloat16(some))
+    to_bfloat16 = rounding.to_bfloat16
+    monkeypatch.setattr(rounding, "to_bfloat16", lambda some: rounded.append(len(some)) or to_bfloat16(some))
     hashes = []
     for compiled in ("never", "auto"):
         assert not rounded

@@ -180,9 +180,8 @@ class StaleParameterServer(ParameterServer):
                 self._wait()
             hub.over([lease.number for some in ranges for lease in some.leases])
         self.phases.begin(Phase.EVALUATION)
-        parts = [
-            self._assignment.rows[some.answer.number].reshape(-1, width) for some in ranges if some.answer is not None
-        ]
+        found = self._assignment.rows
+        parts = [found[some.answer.number].reshape(-1, width) for some in ranges if some.answer is not None]
         return np.concatenate(parts) if parts else rows
 
     def _free(self, working: Sequence[int]) -> list[int]:
